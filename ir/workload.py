@@ -1,0 +1,27 @@
+"""What is to be trained per step: batch, sequence length, optimizer, precision."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, PositiveInt
+
+Precision = Literal["bf16", "fp32", "fp64"]
+
+
+class Workload(BaseModel):
+    """A training step: `global_batch` sequences of `seq_len` tokens.
+
+    `precision`: `bf16` is mixed (bfloat16 compute, float32 master weights and gradients), `fp32`
+    and `fp64` are uniform.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    global_batch: PositiveInt
+    seq_len: PositiveInt
+    optimizer: Literal["adamw"] = "adamw"
+    precision: Precision = "bf16"
+
+    def __init__(self, global_batch: int, seq_len: int, **other: object) -> None:
+        super().__init__(global_batch=global_batch, seq_len=seq_len, **other)  # type: ignore[arg-type]

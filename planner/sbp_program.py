@@ -1,0 +1,407 @@
+"""The SBP program: which types the values of every distinct block take, as an integer program.
+
+One-hot `x[op, signature]`. Every edge carries a transport `e[edge, τ→t]` with *equality* marginals:
+`Σ_t e = y[τ]`, the producer's type, and `Σ_τ e = need[t]`, what the consumer reads. A conversion is
+paid once however many consumers share it: `c[value, τ→t] ≥ e` of every edge that uses it. Minimised
+are compute, conversions (forward and backward) and the price of storage.
+
+All blocks of a model are solved together, each weighted by how often it occurs, and the types at
+their boundaries are equal, so that the plan costs exactly the objective. The linear relaxation is
+solved first; it is integral on real models and then proved optimal. Formulation: Alpa (Zheng et
+al., 2022) and PyTorch AutoParallel, with transport variables per edge in place of pairwise products.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Literal, Protocol
+
+from ..ir import Infeasible
+from ..ir.graph import Binding, Graph, Model, Op, Value
+from ..ir.mesh import Axis
+from ..ir.plan import Annotation, OpTypes
+from ..ir.types import AxisType, I, NdType, P, R
+from .linear_program import LinearProgram, Solver
+from .signatures import Alias, NdSignature, aliases, is_view, nd_signatures, storage_types
+
+
+class Costs(Protocol):
+    """What the program minimises, in any one unit (seconds)."""
+
+    def op(self, block: str, op: Op, signature: NdSignature) -> float:
+        """Forward and backward compute of one occurrence."""
+
+    def conversion(self, block: str, value: Value, source: NdType, target: NdType) -> float:
+        """Forward conversion and its dual, once."""
+
+    def storage(self, block: str, value: Value, kind: NdType) -> float:
+        """Price of keeping a parameter (or a saved activation) in this type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The distinct blocks of a model and how they follow each other.
+
+    `counts`: occurrences of each block. `links`: ((block, output value), (block, input value))
+    pairs that meet at a boundary. `free`: per block the inputs that are whole on every rank and
+    carry no gradient. `losses`: per block the outputs that are scalars of the loss. `tied`: groups
+    of (block, parameter) that are one logical parameter. `pins`: types fixed from outside, by
+    (block, value).
+    """
+
+    blocks: Mapping[str, Graph]
+    counts: Mapping[str, int]
+    links: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = ()
+    free: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    losses: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    tied: tuple[tuple[tuple[str, str], ...], ...] = ()
+    pins: Mapping[tuple[str, str], Mapping[str, AxisType]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(model: Model, pins: Mapping[tuple[str, str], Mapping[str, AxisType]] | None = None) -> Chain:
+        """The chain of a traced model."""
+        counts: dict[str, int] = defaultdict(int)
+        maker: dict[str, tuple[str, str]] = {}
+        links: dict[tuple[tuple[str, str], tuple[str, str]], None] = {}
+        free: dict[str, set[str]] = defaultdict(set)
+        losses: dict[str, set[str]] = defaultdict(set)
+        users: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)
+        for segment in model.segments:
+            name, graph = segment.block, model.blocks[segment.block]
+            counts[name] += 1
+            for outer, inner in zip(segment.inputs, graph.inputs, strict=True):
+                if outer in maker:
+                    links[maker[outer], (name, inner)] = None
+                else:
+                    free[name].add(inner)
+            for outer, inner in zip(segment.outputs, graph.outputs, strict=True):
+                maker[outer] = (name, inner)
+                if outer in model.loss:
+                    losses[name].add(inner)
+            for outer, inner in zip(segment.parameters, graph.parameters, strict=True):
+                users[outer][name, inner] = None
+        tied = {tuple(uses) for uses in users.values() if len(uses) > 1}
+        return Chain(
+            model.blocks,
+            dict(counts),
+            tuple(links),
+            {b: frozenset(v) for b, v in free.items()},
+            {b: frozenset(v) for b, v in losses.items()},
+            tuple(sorted(tied)),
+            dict(pins or {}),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Typing:
+    """A solved program: annotations of all blocks on the program's axes, and how it was solved."""
+
+    annotations: Mapping[str, Annotation]
+    objective: float
+    method: Literal["integral", "mip"]
+    size: tuple[int, int, int]
+
+
+def solve(
+    chain: Chain, axes: Sequence[Axis], binding: Binding, costs: Costs, solver: Solver = "highs"
+) -> Typing:
+    """The cheapest typing of all blocks over `axes`.
+
+    Raises Infeasible where none exists (pins that contradict each other or do not divide).
+    """
+    builder = _Builder(chain, tuple(axes), binding, costs)
+    solution = builder.program.solve(solver)
+    chosen = {i for i, value in enumerate(solution.values) if value > 0.5}
+    return Typing(
+        {block: builder.annotation(block, chosen) for block in chain.blocks},
+        solution.objective + builder.constant,
+        solution.method,
+        builder.program.size,
+    )
+
+
+_Port = tuple[str, str]
+Marginal = dict[NdType, list[int]]
+"""Type → the variables whose sum says that the type is taken."""
+
+
+class _Builder:
+    """Assembles the program; keeps what is needed to read the solution back."""
+
+    def __init__(
+        self, chain: Chain, axes: tuple[Axis, ...], binding: Binding, costs: Costs
+    ) -> None:
+        self.chain, self.axes, self.binding, self.costs = chain, axes, binding, costs
+        self.program = LinearProgram()
+        self.constant = 0.0
+        self.whole = NdType.uniform(tuple(a.name for a in axes), R)
+        self.views = {block: aliases(graph) for block, graph in chain.blocks.items()}
+        self.choices: dict[tuple[str, str], list[tuple[NdSignature, int]]] = {}
+        self.kept: dict[_Port, dict[NdType, int]] = {}  # stored tied parameters, inputs, outputs
+        self.folded: dict[tuple[_Port, NdType], NdType] = {}  # parameter read as t → stored as
+        tied = {use for group in chain.tied for use in group}
+        for block in chain.blocks:
+            self._keep_boundary(block)
+        for group in chain.tied:
+            self._keep_tied(group)
+        for block, graph in chain.blocks.items():
+            self._ops(block, graph, tied)
+        for block, graph in chain.blocks.items():
+            self._edges(block, graph, tied)
+        for (left, out), (right, entry) in chain.links:
+            self._equal(self.kept[left, "out:" + out], self.kept[right, entry])
+
+    # --- variables -------------------------------------------------------------------------
+
+    def _one_hot(self, costs: Mapping[NdType, float]) -> dict[NdType, int]:
+        chosen = {kind: self.program.variable(cost, integer=True) for kind, cost in costs.items()}
+        self.program.row([(v, 1.0) for v in chosen.values()], 1.0, 1.0)
+        return chosen
+
+    def _allowed(self, block: str, value: str, kinds: Sequence[NdType]) -> list[NdType]:
+        """Types that agree with the pins on a value. Raises Infeasible naming a pin that cannot
+        hold."""
+        pins = self.chain.pins.get((block, value), {})
+        pins = {axis: kind for axis, kind in pins.items() if axis in dict(self.whole.axes)}
+        kept = [k for k in kinds if all(k[axis] == kind for axis, kind in pins.items())]
+        if not kept:
+            shown = ", ".join(f"{axis}={kind}" for axis, kind in pins.items()) or "no pin"
+            possible = sorted({str(k) for k in kinds})[:8]
+            raise Infeasible(f"{value} of {block}: {shown} cannot hold; possible: {possible}")
+        return kept
+
+    def _keep_boundary(self, block: str) -> None:
+        graph = self.chain.blocks[block]
+        free = self.chain.free.get(block, frozenset())
+        for name in graph.inputs:
+            if name not in free:
+                kinds = storage_types(graph.values[name], self.axes, self.binding)
+                kinds = tuple(self._allowed(block, name, kinds))
+                self.kept[block, name] = self._one_hot(dict.fromkeys(kinds, 0.0))
+        for name in graph.outputs:
+            value = graph.values[name]
+            if name in self.chain.losses.get(block, frozenset()):
+                kinds = _loss_types(value, self.axes)
+            else:
+                kinds = storage_types(value, self.axes, self.binding)
+            self.kept[block, "out:" + name] = self._one_hot(dict.fromkeys(kinds, 0.0))
+
+    def _keep_tied(self, group: tuple[_Port, ...]) -> None:
+        block, name = group[0]
+        value = self.chain.blocks[block].values[name]
+        kinds = storage_types(value, self.axes, self.binding)
+        for use in group:
+            kinds = tuple(self._allowed(use[0], use[1], kinds))
+        # one logical parameter is stored once
+        costs = {kind: self.costs.storage(block, value, kind) for kind in kinds}
+        chosen = self._one_hot(costs)
+        for use in group:
+            self.kept[use] = chosen
+
+    def _ops(self, block: str, graph: Graph, tied: set[_Port]) -> None:
+        uses = graph.consumers()
+        single = {
+            name
+            for name in graph.parameters
+            if (block, name) not in tied and len(self._readers(block, graph, uses, name)) == 1
+        }
+        for op in graph.ops:
+            if is_view(op):
+                continue
+            pinned = [i for i, r in enumerate(op.results) if (block, r) in self.chain.pins]
+            options = nd_signatures(op, graph.values, self.axes, self.binding)
+            for i in pinned:
+                kinds = self._allowed(block, op.results[i], [s.results[i] for s in options])
+                options = tuple(s for s in options if s.results[i] in set(kinds))
+            chosen: list[tuple[NdSignature, int]] = []
+            for signature in options:
+                cost = self.costs.op(block, op, signature)
+                for k, operand in enumerate(op.operands):
+                    alias = self.views[block].get(operand)
+                    base = alias.base if alias else operand
+                    if base in single:
+                        read = signature.operands[k]
+                        read = alias.base_type(read) if alias else read
+                        extra = self._fold(block, graph.values[base], read)
+                        cost = cost + extra if extra is not None else float("inf")
+                if cost < float("inf"):
+                    weighted = cost * self.chain.counts[block]
+                    chosen.append((signature, self.program.variable(weighted, integer=True)))
+            if not chosen:
+                raise Infeasible(f"op {op.name} of {block}: no sharding fits the pins")
+            self.choices[block, op.name] = chosen
+            self.program.row([(v, 1.0) for _, v in chosen], 1.0, 1.0)
+        for name in graph.parameters:
+            if name not in single and (block, name) not in self.kept:
+                value = graph.values[name]
+                kinds = self._allowed(block, name, storage_types(value, self.axes, self.binding))
+                price = self.chain.counts[block]
+                self.kept[block, name] = self._one_hot(
+                    {kind: price * self.costs.storage(block, value, kind) for kind in kinds}
+                )
+
+    def _fold(self, block: str, value: Value, read: NdType) -> float | None:
+        """Cost of a parameter with one reader: the best stored type for the type that is read."""
+        best: tuple[float, str, NdType] | None = None
+        for kind in self._allowed(block, value.name, self._stored(block, value)):
+            cost = self.costs.conversion(block, value, kind, read)
+            cost += self.costs.storage(block, value, kind)
+            if best is None or (cost, str(kind)) < best[:2]:
+                best = (cost, str(kind), kind)
+        if best is None or best[0] == float("inf"):
+            return None
+        self.folded[(block, value.name), read] = best[2]
+        return best[0]
+
+    def _stored(self, block: str, value: Value) -> tuple[NdType, ...]:
+        return storage_types(value, self.axes, self.binding)
+
+    # --- edges -----------------------------------------------------------------------------
+
+    def _readers(
+        self, block: str, graph: Graph, uses: Mapping[str, list[tuple[Op, int]]], base: str
+    ) -> list[tuple[Op, int, Alias | None]]:
+        """(op, operand index, view) of everything that reads a value, directly or through views."""
+        found: list[tuple[Op, int, Alias | None]] = []
+        names: list[tuple[str, Alias | None]] = [(base, None)]
+        names += [(n, a) for n, a in self.views[block].items() if a.base == base]
+        for name, alias in names:
+            found += [(op, k, alias) for op, k in uses[name] if not is_view(op)]
+        return found
+
+    def _edges(self, block: str, graph: Graph, tied: set[_Port]) -> None:
+        uses = graph.consumers()
+        free = self.chain.free.get(block, frozenset())
+        producer = graph.producer()
+        for name, value in graph.values.items():
+            if name in free or name in self.views[block]:
+                continue
+            made: Marginal = defaultdict(list)
+            if (block, name) in self.kept:
+                for kind, variable in self.kept[block, name].items():
+                    made[kind].append(variable)
+            elif name in producer:
+                op, index = producer[name]
+                for signature, variable in self.choices[block, op.name]:
+                    made[signature.results[index]].append(variable)
+            else:
+                continue  # a parameter folded into its only reader
+            demands: list[tuple[str, Marginal]] = []
+            for op, k, alias in self._readers(block, graph, uses, name):
+                need: Marginal = defaultdict(list)
+                for signature, variable in self.choices[block, op.name]:
+                    kind = signature.operands[k]
+                    need[alias.base_type(kind) if alias else kind].append(variable)
+                demands.append((op.operands[k], need))
+            for port in graph.outputs:
+                alias = self.views[block].get(port)
+                if port == name or (alias and alias.base == name):
+                    leaves = self.kept[block, "out:" + port].items()
+                    need = {alias.base_type(t) if alias else t: [v] for t, v in leaves}
+                    demands.append((port, need))
+            self._transport(block, value, made, demands)
+
+    def _transport(
+        self, block: str, value: Value, made: Marginal, demands: Sequence[tuple[str, Marginal]]
+    ) -> None:
+        """Ties the type a value is made in to the types it is read in.
+
+        `demands`: per reader the name it reads (the value or a view of it) and the types. A
+        conversion is shared by the readers of one name: the program converts what it has named.
+        """
+        weight = self.chain.counts[block]
+        price: dict[tuple[NdType, NdType], float] = {}
+        for source in made:
+            for target in dict.fromkeys(t for _, need in demands for t in need):
+                cost = weight * self.costs.conversion(block, value, source, target)
+                if cost < float("inf"):
+                    price[source, target] = cost
+        readers = Counter((name, target) for name, need in demands for target in need)
+        shared: dict[tuple[str, NdType, NdType], int] = {}
+        for name, need in demands:
+            leaving: dict[NdType, list[tuple[int, float]]] = defaultdict(list)
+            arriving: dict[NdType, list[tuple[int, float]]] = defaultdict(list)
+            for (source, target), cost in price.items():
+                if target not in need:
+                    continue
+                if cost > 0 and readers[name, target] > 1:
+                    flow = self.program.variable()
+                    key = (name, source, target)
+                    if key not in shared:
+                        shared[key] = self.program.variable(cost)
+                    self.program.row([(shared[key], 1.0), (flow, -1.0)], 0.0, float("inf"))
+                else:
+                    flow = self.program.variable(cost)
+                leaving[source].append((flow, 1.0))
+                arriving[target].append((flow, 1.0))
+            for source, variables in made.items():
+                self.program.row(leaving[source] + [(v, -1.0) for v in variables], 0.0, 0.0)
+            for target, variables in need.items():
+                self.program.row(arriving[target] + [(v, -1.0) for v in variables], 0.0, 0.0)
+
+    def _equal(self, left: dict[NdType, int], right: dict[NdType, int]) -> None:
+        for kind in {**left, **right}:
+            terms = [(side[kind], sign) for side, sign in ((left, 1.0), (right, -1.0)) if kind in side]
+            self.program.row(terms, 0.0, 0.0)
+
+    # --- reading the solution ----------------------------------------------------------------
+
+    def annotation(self, block: str, chosen: set[int]) -> Annotation:
+        graph = self.chain.blocks[block]
+        ops: dict[str, OpTypes] = {}
+        types: dict[str, NdType] = {}
+        for name in graph.inputs:
+            types[name] = self._picked(block, name, chosen) or self.whole
+        for name in graph.parameters:
+            kind = self._picked(block, name, chosen)
+            if kind is not None:
+                types[name] = kind
+        for op in graph.ops:
+            if is_view(op):
+                continue
+            signature = next(s for s, v in self.choices[block, op.name] if v in chosen)
+            ops[op.name] = OpTypes(signature.operands, signature.results)
+            types |= dict(zip(op.results, signature.results, strict=True))
+        for op in graph.ops:  # parameters with one reader
+            for k, operand in enumerate(op.operands):
+                alias = self.views[block].get(operand)
+                base = alias.base if alias else operand
+                if base in graph.parameters and base not in types and not is_view(op):
+                    read = ops[op.name].operands[k]
+                    read = alias.base_type(read) if alias else read
+                    types[base] = self.folded[(block, base), read]
+        for name in graph.parameters:  # read by nothing
+            types.setdefault(name, NdType.uniform(tuple(a.name for a in self.axes), I))
+        for op in graph.ops:
+            if is_view(op):
+                (view,), (source,) = op.results, op.operands
+                alias = self.views[block][view]
+                types[view] = alias.view_type(types[alias.base])
+                ops[op.name] = OpTypes((types[source],), (types[view],))
+        outputs = []
+        for name in graph.outputs:
+            kind = self._picked(block, "out:" + name, chosen)
+            assert kind is not None
+            outputs.append(kind)
+        return Annotation(
+            tuple(types[n] for n in graph.inputs),
+            tuple(types[n] for n in graph.parameters),
+            ops,
+            tuple(outputs),
+        )
+
+    def _picked(self, block: str, name: str, chosen: set[int]) -> NdType | None:
+        options = self.kept.get((block, name), {})
+        return next((kind for kind, variable in options.items() if variable in chosen), None)
+
+
+def _loss_types(value: Value, axes: Sequence[Axis]) -> tuple[NdType, ...]:
+    """A loss leaves as partial sums or equal on all ranks: its gradient is 1 on each."""
+    kinds = (P, I if value.grad else R)
+    names = [axis.name for axis in axes]
+    return tuple(
+        NdType(tuple(zip(names, kind, strict=True))) for kind in product(kinds, repeat=len(axes))
+    )
