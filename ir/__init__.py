@@ -1,14 +1,14 @@
 """Floor 1: the graph, SBP types, op rules, conversions, and the data that the floors above share.
 
-    types       AxisType, NdType: S, R, I, P over factored dims
-    conversion  what converting between two types does, forward and backward
-    rule        factor rules in index notation
-    optable     the op table; shape_rules: rules that depend on shapes
-    signature   the types in which an op may run, derived from its rule
-    graph       Value, Op, Graph, Segment, Model
-    refine      from raw ops to graphs with common factors
-    mesh        Mesh and sub-axes
-    from_torch  tracing PyTorch modules
+types       AxisType, NdType: S, R, I, P over factored dims
+conversion  what converting between two types does, forward and backward
+rule        factor rules in index notation
+optable     the op table; shape_rules: rules that depend on shapes
+signature   the types in which an op may run, derived from its rule
+graph       Value, Op, Graph, Segment, Model
+refine      from raw ops to graphs with common factors
+mesh        Mesh and sub-axes
+from_torch  tracing PyTorch modules
 """
 
 from .conversion import Step, backward_collective, collective, dual_steps, steps

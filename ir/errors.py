@@ -1,4 +1,5 @@
-"""The exceptions of Shardwright: each message says what was given, what was expected, what to do."""
+"""The exceptions of Shardwright: each message says what was given, what was expected, what to
+do."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ class UnsupportedOp(ShardwrightError):
 
 
 class Infeasible(ShardwrightError):
-    """No plan fits: the message says what is short, by how much, and what would fit (exit code 3)."""
+    """No plan fits: the message says what is short, by how much, what would fit (exit code 3)."""
 
     exit_code = 3
 

@@ -101,21 +101,41 @@ class Graph:
 
     def check(self) -> None:
         """Raises InvalidInput where the graph is not well formed."""
-        known = set(self.inputs) | set(self.parameters)
+        entering = (*self.inputs, *self.parameters)
+        mentioned = (*entering, *self.outputs, *(v for op in self.ops for v in op.operands))
+        mentioned += tuple(v for op in self.ops for v in op.results)
+        if missing := [name for name in mentioned if name not in self.values]:
+            raise InvalidInput(f"value {missing[0]!r} is used, but not described")
+        for name, value in self.values.items():
+            if any(isinstance(size, int) and size < 2 for dim in value.dims for size in dim):
+                raise InvalidInput(f"value {name!r}: dims {value.dims} hold a factor below 2")
+        known = set(entering)
+        names: set[str] = set()
         for op in self.ops:
-            for names, shapes in ((op.operands, op.rule.operands), (op.results, op.rule.results)):
-                if len(names) != len(shapes):
-                    raise InvalidInput(f"op {op.name}: {len(names)} values, rule {op.rule}")
-                for name, shape in zip(names, shapes, strict=True):
-                    want = tuple(tuple(op.sizes[f] for f in dim) for dim in shape)
-                    if self.values[name].dims != want:
-                        have = self.values[name].dims
-                        raise InvalidInput(f"op {op.name}: {name} has dims {have}, rule {want}")
-            if missing := set(op.operands) - known:
-                raise InvalidInput(f"op {op.name} uses {sorted(missing)} before they are made")
+            if op.name in names:
+                raise InvalidInput(f"two ops are called {op.name!r}")
+            names.add(op.name)
+            self._check_rule(op)
+            if unready := set(op.operands) - known:
+                raise InvalidInput(f"op {op.name} uses {sorted(unready)} before they are made")
+            if known & set(op.results) or len(set(op.results)) < len(op.results):
+                raise InvalidInput(f"op {op.name} makes {op.results}, one of them a second time")
             known |= set(op.results)
-        if missing := set(self.outputs) - known:
-            raise InvalidInput(f"outputs {sorted(missing)} are never made")
+        if unmade := set(self.outputs) - known:
+            raise InvalidInput(f"outputs {sorted(unmade)} are never made")
+
+    def _check_rule(self, op: Op) -> None:
+        """Raises InvalidInput where an op's rule is not bound to its values' dims."""
+        if unsized := [f for f in op.rule.factors if f not in op.sizes]:
+            raise InvalidInput(f"op {op.name}: factors {unsized} of rule {op.rule} have no size")
+        for names, shapes in ((op.operands, op.rule.operands), (op.results, op.rule.results)):
+            if len(names) != len(shapes):
+                raise InvalidInput(f"op {op.name}: {len(names)} values, rule {op.rule}")
+            for name, shape in zip(names, shapes, strict=True):
+                want = tuple(tuple(op.sizes[f] for f in dim) for dim in shape)
+                if self.values[name].dims != want:
+                    have = self.values[name].dims
+                    raise InvalidInput(f"op {op.name}: {name} has dims {have}, rule {want}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +178,17 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class Pin:
+    """A choice the user made: SBP types by axis of a parameter (by its name) or of an activation
+    (`block:value`), or the pipeline stage of a module (by its path)."""
+
+    target: Literal["parameter", "activation", "stage"]
+    name: str
+    types: Mapping[str, str] = field(default_factory=dict)
+    stage: int = -1
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A traced model: preamble, distinct blocks, and the segments that call them in order.
 
@@ -176,6 +207,7 @@ class Model:
     loss: tuple[str, str]
     constants: Mapping[str, Any] = field(default_factory=dict)
     source: Mapping[str, Any] = field(default_factory=dict)
+    pins: tuple[Pin, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -205,21 +237,41 @@ class Model:
         for graph in self.blocks.values():
             graph.check()
         known = {v.name: v.dims for v in self.inputs}
-        known |= {n: self.preamble.values[n].dims for n in self.preamble.outputs}
-        known |= {name: self.preamble.values[name].dims for name in self.constants}
+        for name in (*self.preamble.outputs, *self.constants):
+            if name not in self.preamble.values:
+                raise InvalidInput(f"constant {name!r} is no value of the preamble")
+            known[name] = self.preamble.values[name].dims
         for i, segment in enumerate(self.segments):
+            where = f"segment {i} ({segment.module or segment.block})"
+            if segment.block not in self.blocks:
+                raise InvalidInput(f"{where}: no block is called {segment.block!r}")
+            self._check_segment(where, segment, known)
             graph = self.blocks[segment.block]
-            for outer, inner in zip(segment.inputs, graph.inputs, strict=True):
-                if known.get(outer) != graph.values[inner].dims:
-                    raise InvalidInput(
-                        f"segment {i} ({segment.module or segment.block}): input {outer} has dims "
-                        f"{known.get(outer)}, the block expects {graph.values[inner].dims}"
-                    )
-            for name in segment.parameters:
-                if name not in self.parameters:
-                    raise InvalidInput(f"segment {i}: unknown parameter {name}")
             for outer, inner in zip(segment.outputs, graph.outputs, strict=True):
                 known[outer] = graph.values[inner].dims
+        if missing := [name for name in self.loss if name not in known]:
+            raise InvalidInput(f"the loss {missing[0]!r} is no output of a segment")
+
+    def _check_segment(self, where: str, segment: Segment, known: Mapping[str, Dims]) -> None:
+        graph = self.blocks[segment.block]
+        for what in ("inputs", "parameters", "outputs"):
+            have, want = getattr(segment, what), getattr(graph, what)
+            if len(have) != len(want):
+                raise InvalidInput(f"{where}: {len(have)} {what}, the block has {len(want)}")
+        for outer, inner in zip(segment.inputs, graph.inputs, strict=True):
+            if known.get(outer) != graph.values[inner].dims:
+                raise InvalidInput(
+                    f"{where}: input {outer} has dims {known.get(outer)}, the block expects "
+                    f"{graph.values[inner].dims}"
+                )
+        for name, inner in zip(segment.parameters, graph.parameters, strict=True):
+            if name not in self.parameters:
+                raise InvalidInput(f"{where}: unknown parameter {name}")
+            shape, dims = self.parameters[name].shape, graph.values[inner].dims
+            if any(isinstance(size, str) for dim in dims for size in dim):
+                raise InvalidInput(f"{where}: parameter {name} has symbolic dims {dims}")
+            if shape != graph.values[inner].shape({}):
+                raise InvalidInput(f"{where}: {name} has shape {shape}, the block expects {dims}")
 
     def with_source(self, source: Mapping[str, Any]) -> Model:
         """The same model with a note of where it came from."""

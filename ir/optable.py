@@ -113,21 +113,34 @@ _LINES = [
         "x1 x2",
     ),
     # rotary tables from positions: attributes inv_freq (list), scaling
-    _line("rotary_table", ("s -> 1 s d, 1 s d; d!", "b s -> b s d, b s d; d!"),
-          "none", "pointwise", 8, ""),
+    _line(
+        "rotary_table",
+        ("s -> 1 s d, 1 s d; d!", "b s -> b s d, b s d; d!"),
+        "none",
+        "pointwise",
+        8,
+        "",
+    ),
     _line("positions", "@fixed", "none", "pointwise", 1, ""),  # 0 … s-1
     _line("constant", "@fixed", "none", "view", 0, ""),
     # normalisations over the last dim. attributes eps, offset (weight is stored minus this),
     # wide_weight (the weight is applied before casting back)
     _line("rms_norm", "... h, h -> ... h; h!", "none", "normalisation", 5, "x0 x1 +1"),
-    _line("layer_norm", ("... h, h, h -> ... h; h!", "... h, h -> ... h; h!", "... h -> ... h; h!"),
-          "none", "normalisation", 7, "x0 x1 +2"),
+    _line(
+        "layer_norm",
+        ("... h, h, h -> ... h; h!", "... h, h -> ... h; h!", "... h -> ... h; h!"),
+        "none",
+        "normalisation",
+        7,
+        "x0 x1 +2",
+    ),
     _line("softmax", "... h -> ... h; h!", "none", "normalisation", 8, "r0"),
     # lookup: a split vocabulary looks up what it has and leaves partial sums
     _line("embedding", "v h, ... -> ... h", "first", "lookup", 0, "x1"),
     # losses: the sum over terms and the count of terms
     _line("cross_entropy", "... v, ... -> , ; v!", "none", "loss", 8, "x0 x1 +1", (("v", "I"),)),
-    _line("sum_loss", "@reduce_all", "sum", "loss", 1, ""),  # sum over all elements, count 1
+    # sum over all elements, count 1: locked, as every part of a split batch would count 1 again
+    _line("sum_loss", "@reduce_all_locked", "sum", "loss", 1, ""),
     _line("mean_loss", "@reduce_all", "sum", "loss", 1, ""),  # sum, count of elements
     _line("shift_labels", "b s -> b s; s!", "none", "pointwise", 1, ""),  # attribute ignore_index
     # reductions. attributes dims, keepdim

@@ -126,11 +126,9 @@ class _State:
                     if len(names) == 1:
                         known[names[0]] = list(sizes)
                     else:
-                        rest = prod(s for f in names for s in known.get(f, []) if isinstance(s, int))
-                        total = prod(s for s in sizes if isinstance(s, int))
-                        if any(isinstance(s, str) for s in sizes) or total % rest:
-                            raise InvalidInput(f"rule {rule}: {sizes} does not factor into {names}")
-                        known[unknown[0]] = [] if total == rest else [total // rest]
+                        known[unknown[0]] = _quotient(
+                            sizes, [s for f in names for s in known.get(f, [])], rule
+                        )
                     progress = True
         if missing := [f for f in rule.factors if f not in known]:
             raise InvalidInput(f"rule {rule}: the size of {missing} is not determined")
@@ -149,6 +147,11 @@ class _State:
                     continue
                 common = merge(value[dim], mine)
                 if common is None:
+                    if _total(mine) != _total(value[dim]):
+                        raise UnsupportedOp(
+                            f"op {op.kind!r} at {op.module or 'the top level'} ({op.name}): "
+                            f"{names[k]} has {value[dim]} in dim {dim}, rule {rule} needs {mine}"
+                        )
                     self._lock(key, set(factors))
                     return True
                 value[dim] = common
@@ -176,6 +179,9 @@ class _State:
         rule = self.rules[key]
         values = self.graphs[key[0]].ops[key[1]].operands + self.graphs[key[0]].ops[key[1]].results
         loops = self.loops[key]
+        dims_of_all = [set(dim) for shape in rule.operands + rule.results for dim in shape]
+        while more := [d for d in dims_of_all if d & conflict and not d <= conflict]:
+            conflict = conflict.union(*more)  # a dim is taken apart as a whole
         locked = set(rule.locked) - conflict
         shapes: list[RuleShape] = []
         for k, shape in enumerate(rule.operands + rule.results):
@@ -230,6 +236,29 @@ class _State:
             raw.name, raw.kind, raw.operands, raw.results, bound, sizes,
             dict(raw.attributes), raw.module,
         )  # fmt: skip
+
+
+def _total(sizes: Sequence[Size]) -> tuple[int, list[str]]:
+    """The product of sizes: its number and its symbols."""
+    return (
+        prod(s for s in sizes if isinstance(s, int)),
+        sorted(s for s in sizes if isinstance(s, str)),
+    )
+
+
+def _quotient(sizes: Sequence[Size], others: Sequence[Size], rule: Rule) -> list[Size]:
+    """The sizes of the one factor of a dim that is left when the others are known."""
+    number, symbols = _total(sizes)
+    other_number, other_symbols = _total(others)
+    for symbol in other_symbols:
+        if symbol in symbols:
+            symbols.remove(symbol)
+            continue
+        raise InvalidInput(f"rule {rule}: {list(sizes)} has no factors {list(others)}")
+    left = number // other_number
+    if number % other_number or (symbols and left > 1) or len(symbols) > 1:
+        raise InvalidInput(f"rule {rule}: {list(sizes)} does not divide by {list(others)}")
+    return [*symbols] if left == 1 else [left]
 
 
 def _fine_names(factor: FactorName, count: int) -> tuple[FactorName, ...]:

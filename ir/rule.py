@@ -5,6 +5,8 @@
     "... h, h -> ... h"             `...` stands for any number of leading dims
     "b s 1, b s h -> b s h"         a broadcast dim of size 1 is no loop
     "v h, ... -> ... h; v!"         flags after `;`: `h!` locks a factor (it cannot be split)
+    "n, -> n", "[] -> "             a scalar has no dims; alone on the left it is written `[]`, for
+                                    nothing there means no operand
 
 A rule is parsed once and bound to the shapes of an op; everything else (signatures, FLOPs, shapes
 of shards, legality) is derived from the bound rule.
@@ -42,7 +44,8 @@ class Rule:
             dims = [d[0] if len(d) == 1 else f"({' '.join(d)})" if d else "1" for d in shape]
             return " ".join(dims)
 
-        text = ", ".join(map(show, self.operands)) + " -> " + ", ".join(map(show, self.results))
+        left = "[]" if self.operands == ((),) else ", ".join(map(show, self.operands))
+        text = f"{left} -> {', '.join(map(show, self.results))}"
         locks = " ".join(f"{f}!" for f in sorted(self.locked))
         return f"{text}; {locks}" if locks else text
 
@@ -99,6 +102,8 @@ def _parse_shape(text: str, part: str) -> RuleShape:
     group: list[FactorName] | None = None
     position = 0
     part = part.strip()
+    if part == "[]":
+        return ()
     while position < len(part):
         match = _TOKEN.match(part, position)
         if match is None:

@@ -56,27 +56,29 @@ def broadcast(operands: Sequence[Dims], results: Sequence[Dims], _: Mapping[str,
 
 
 def reshape(operands: Sequence[Dims], results: Sequence[Dims], _: Mapping[str, Any]) -> Rule:
-    """A reshape: factors of the flattened tensor, dealt to the dims of both sides."""
+    """A reshape: the flattened tensor is cut wherever a dim of either side ends; the pieces are
+    the factors. (Factors inside a piece, such as `b s` of a flattened batch, stay together.)"""
     (source,), (target,) = operands, results
-    flat_source = [size for dim in source for size in dim]
-    flat_target = [size for dim in target for size in dim]
-    atoms = merge(flat_source, flat_target)
+    atoms = merge(
+        [size for dim in source for size in dim], [size for dim in target for size in dim]
+    )
     if atoms is None:  # mixes dims: everything is one locked loop
         return Rule(
             (_names("x", source),),
             (_names("y", target),),
             frozenset(n for d in _names("x", source) + _names("y", target) for n in d),
         )
-    names = [f"n{i}" for i in range(len(atoms))]
-    return Rule((_deal(source, atoms, names),), (_deal(target, atoms, names),))
+    left, right = _ends(source, atoms), _ends(target, atoms)
+    cuts = sorted({*left, *right})
+    names = [f"n{sum(cut <= i for cut in cuts if cut)}" for i in range(len(atoms))]
+    return Rule((_pieces(left, names),), (_pieces(right, names),))
 
 
-def _deal(dims: Dims, atoms: list[Size], names: list[str]) -> RuleShape:
-    """Gives each dim the consecutive atoms that multiply to it."""
-    shape: list[RuleDim] = []
+def _ends(dims: Dims, atoms: list[Size]) -> list[int]:
+    """Per dim the number of atoms up to its end."""
+    ends: list[int] = []
     position = 0
     for dim in dims:
-        start = position
         rest = list(dim)
         while rest:
             atom, have = atoms[position], rest.pop(0)
@@ -84,8 +86,13 @@ def _deal(dims: Dims, atoms: list[Size], names: list[str]) -> RuleShape:
                 assert isinstance(atom, int) and isinstance(have, int)
                 rest.insert(0, have // atom)
             position += 1
-        shape.append(tuple(names[start:position]))
-    return tuple(shape)
+        ends.append(position)
+    return ends
+
+
+def _pieces(ends: list[int], names: list[str]) -> RuleShape:
+    starts = [0, *ends][:-1]
+    return tuple(tuple(dict.fromkeys(names[i:j])) for i, j in zip(starts, ends, strict=True))
 
 
 def permute(operands: Sequence[Dims], _: Sequence[Dims], attributes: Mapping[str, Any]) -> Rule:
@@ -128,6 +135,14 @@ def reduce_locked(
 def reduce_all(operands: Sequence[Dims], results: Sequence[Dims], _: Mapping[str, Any]) -> Rule:
     """A sum over all elements, and a count."""
     return Rule((_names("n", operands[0]),), tuple(() for _ in results))
+
+
+def reduce_all_locked(
+    operands: Sequence[Dims], results: Sequence[Dims], attributes: Mapping[str, Any]
+) -> Rule:
+    """A sum over all elements with a count that splits do not divide."""
+    rule = reduce_all(operands, results, attributes)
+    return Rule(rule.operands, rule.results, frozenset(rule.factors))
 
 
 def matmul(operands: Sequence[Dims], _: Sequence[Dims], __: Mapping[str, Any]) -> Rule:
@@ -200,6 +215,7 @@ _BUILDERS: dict[str, Builder] = {
     "reduce": reduce,
     "reduce_locked": reduce_locked,
     "reduce_all": reduce_all,
+    "reduce_all_locked": reduce_all_locked,
     "matmul": matmul,
     "chunk": chunk,
     "slice": slice_dim,

@@ -32,7 +32,8 @@ class AxisType:
     part: int = -1
 
     def __post_init__(self) -> None:
-        if (self.kind == "S") != (self.dim >= 0 and self.part >= 0):
+        at = (self.dim, self.part)
+        if min(at) < 0 if self.kind == "S" else at != (-1, -1):
             raise InvalidInput(f"type {self.kind} with dim {self.dim}, part {self.part}")
 
     def __str__(self) -> str:
@@ -62,7 +63,7 @@ class AxisType:
             return I if text == "I" else P
         if text.startswith("S(") and text.endswith(")"):
             dim, _, part = text[2:-1].partition(".")
-            if dim.isdigit() and (part.isdigit() or not part):
+            if dim.isdecimal() and (part.isdecimal() or not part):
                 return S(int(dim), int(part or 0))
         raise InvalidInput(f"SBP type {text!r}: expected S(dim), S(dim.factor), R, I or P")
 

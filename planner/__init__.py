@@ -1,0 +1,22 @@
+"""Floor 3: the search. It decides; it never measures and never emits.
+
+linear_program   integer programs as arrays, solved through OR-tools MathOpt
+signatures       signatures over several axes, views
+sbp_program      the types inside blocks, as an integer program
+costs            what that program pays: the cost model on a mesh
+inner            all blocks on one tensor mesh, solved and priced
+stages           cutting the chain of segments into stages
+candidates       configurations to look at
+search           best first over configurations, with bounds
+request, fix     what is asked for, what is fixed, pins
+build, report    the plan, and the plan in words
+"""
+
+from .build import build_plan
+from .fix import Fix
+from .report import explain, summary, to_json
+from .request import Request
+from .search import Search
+from .transfer import scaled_plan
+
+__all__ = ["Fix", "Request", "Search", "build_plan", "explain", "scaled_plan", "summary", "to_json"]

@@ -8,7 +8,7 @@ are compute, conversions (forward and backward) and the price of storage.
 All blocks of a model are solved together, each weighted by how often it occurs, and the types at
 their boundaries are equal, so that the plan costs exactly the objective. The linear relaxation is
 solved first; it is integral on real models and then proved optimal. Formulation: Alpa (Zheng et
-al., 2022) and PyTorch AutoParallel, with transport variables per edge in place of pairwise products.
+al., 2022) and PyTorch AutoParallel, with transport variables per edge in place of products.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class Chain:
     pins: Mapping[tuple[str, str], Mapping[str, AxisType]] = field(default_factory=dict)
 
     @staticmethod
-    def of(model: Model, pins: Mapping[tuple[str, str], Mapping[str, AxisType]] | None = None) -> Chain:
+    def of(
+        model: Model, pins: Mapping[tuple[str, str], Mapping[str, AxisType]] | None = None
+    ) -> Chain:
         """The chain of a traced model."""
         counts: dict[str, int] = defaultdict(int)
         maker: dict[str, tuple[str, str]] = {}
@@ -139,6 +141,7 @@ class _Builder:
         self.constant = 0.0
         self.whole = NdType.uniform(tuple(a.name for a in axes), R)
         self.views = {block: aliases(graph) for block, graph in chain.blocks.items()}
+        self.pins = {self._base(*place): self._base_pins(*place) for place in chain.pins}
         self.choices: dict[tuple[str, str], list[tuple[NdSignature, int]]] = {}
         self.kept: dict[_Port, dict[NdType, int]] = {}  # stored tied parameters, inputs, outputs
         self.folded: dict[tuple[_Port, NdType], NdType] = {}  # parameter read as t → stored as
@@ -154,7 +157,24 @@ class _Builder:
         for (left, out), (right, entry) in chain.links:
             self._equal(self.kept[left, "out:" + out], self.kept[right, entry])
 
-    # --- variables -------------------------------------------------------------------------
+    def _base(self, block: str, value: str) -> _Port:
+        """A value, or what it is a view of."""
+        alias = self.views[block].get(value)
+        return (block, alias.base if alias else value)
+
+    def _base_pins(self, block: str, value: str) -> dict[str, AxisType]:
+        """Pins on a value as types of what it is a view of. Raises Infeasible where the view mixes
+        the factors a pin names."""
+        alias = self.views[block].get(value)
+        pins = dict(self.chain.pins[block, value])
+        if alias:
+            try:
+                pins = dict(alias.base_type(NdType.of(pins)).axes)
+            except KeyError:
+                raise Infeasible(f"{value} of {block}: {pins} names no factor of it") from None
+        return pins
+
+    # --- variables -------------------------------------------------------------------------------
 
     def _one_hot(self, costs: Mapping[NdType, float]) -> dict[NdType, int]:
         chosen = {kind: self.program.variable(cost, integer=True) for kind, cost in costs.items()}
@@ -164,7 +184,7 @@ class _Builder:
     def _allowed(self, block: str, value: str, kinds: Sequence[NdType]) -> list[NdType]:
         """Types that agree with the pins on a value. Raises Infeasible naming a pin that cannot
         hold."""
-        pins = self.chain.pins.get((block, value), {})
+        pins = self.pins.get((block, value), {})
         pins = {axis: kind for axis, kind in pins.items() if axis in dict(self.whole.axes)}
         kept = [k for k in kinds if all(k[axis] == kind for axis, kind in pins.items())]
         if not kept:
@@ -211,7 +231,7 @@ class _Builder:
         for op in graph.ops:
             if is_view(op):
                 continue
-            pinned = [i for i, r in enumerate(op.results) if (block, r) in self.chain.pins]
+            pinned = [i for i, r in enumerate(op.results) if (block, r) in self.pins]
             options = nd_signatures(op, graph.values, self.axes, self.binding)
             for i in pinned:
                 kinds = self._allowed(block, op.results[i], [s.results[i] for s in options])
@@ -259,7 +279,7 @@ class _Builder:
     def _stored(self, block: str, value: Value) -> tuple[NdType, ...]:
         return storage_types(value, self.axes, self.binding)
 
-    # --- edges -----------------------------------------------------------------------------
+    # --- edges -----------------------------------------------------------------------------------
 
     def _readers(
         self, block: str, graph: Graph, uses: Mapping[str, list[tuple[Op, int]]], base: str
@@ -344,10 +364,12 @@ class _Builder:
 
     def _equal(self, left: dict[NdType, int], right: dict[NdType, int]) -> None:
         for kind in {**left, **right}:
-            terms = [(side[kind], sign) for side, sign in ((left, 1.0), (right, -1.0)) if kind in side]
+            terms = [
+                (side[kind], sign) for side, sign in ((left, 1.0), (right, -1.0)) if kind in side
+            ]
             self.program.row(terms, 0.0, 0.0)
 
-    # --- reading the solution ----------------------------------------------------------------
+    # --- reading the solution --------------------------------------------------------------------
 
     def annotation(self, block: str, chosen: set[int]) -> Annotation:
         graph = self.chain.blocks[block]
@@ -400,8 +422,7 @@ class _Builder:
 
 def _loss_types(value: Value, axes: Sequence[Axis]) -> tuple[NdType, ...]:
     """A loss leaves as partial sums or equal on all ranks: its gradient is 1 on each."""
-    kinds = (P, I if value.grad else R)
+    kinds = (I if value.grad else R, P)
     names = [axis.name for axis in axes]
-    return tuple(
-        NdType(tuple(zip(names, kind, strict=True))) for kind in product(kinds, repeat=len(axes))
-    )
+    choices = product(*(kinds if axis.size > 1 else kinds[:1] for axis in axes))
+    return tuple(NdType(tuple(zip(names, kind, strict=True))) for kind in choices)

@@ -56,9 +56,14 @@ class NdSignature:
 def nd_signatures(
     op: Op, values: Mapping[str, Value], axes: Sequence[Axis], binding: Binding
 ) -> tuple[NdSignature, ...]:
-    """Every signature of `op` over `axes` whose splits divide the factor sizes."""
+    """Every signature of `op` over `axes` whose splits divide the factor sizes.
+
+    An axis of size 1 has nothing to decide: everything is `I` there.
+    """
     found: list[NdSignature] = []
-    for parts in product(signatures(op, values), repeat=len(axes)):
+    every = signatures(op, values)
+    whole = [s for s in every if not any(k.kind in "SP" for k in (*s.operands, *s.results))][:1]
+    for parts in product(*(every if axis.size > 1 else whole for axis in axes)):
         candidate = NdSignature.combine(axes, parts)
         splits = candidate.splits(axes)
         if all(bind(op.sizes[f], binding) % ways == 0 for f, ways in splits.items()):
@@ -73,7 +78,7 @@ def storage_types(
     options: list[AxisType] = [replicated]
     options += [S(d, p) for d, dim in enumerate(value.dims) for p in range(len(dim))]
     found: list[NdType] = []
-    for combination in product(options, repeat=len(axes)):
+    for combination in product(*(options if axis.size > 1 else options[:1] for axis in axes)):
         ways: dict[AxisType, int] = {}
         for axis, kind in zip(axes, combination, strict=True):
             if kind.is_split:

@@ -1,0 +1,183 @@
+"""Shardwright: plans and compiles parallel training.
+
+    import shardwright as sw
+
+    cluster = sw.Cluster.preset("h100-sxm", nodes=2)
+    work = sw.Workload(global_batch=64, seq_len=8192)
+    plan = sw.plan("llama-3.1-8b", cluster, work)
+    print(plan)
+    plan.save("plan.json")
+    plan.emit("torch", "out/")
+
+This file is wiring: what a user calls, and the methods of a plan that reach up to the backends.
+Neither torch, jax nor transformers is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from . import planner as _planner
+from .costmodel import Cluster, Device
+from .ir import (
+    Infeasible,
+    InvalidInput,
+    ShardwrightError,
+    UnsupportedOp,
+    VerificationFailed,
+)
+from .ir import plan as _ir_plan
+from .ir import serial as _serial
+from .ir.graph import Model
+from .ir.workload import Workload
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cluster",
+    "Device",
+    "Infeasible",
+    "InvalidInput",
+    "Plan",
+    "ShardwrightError",
+    "UnsupportedOp",
+    "VerificationFailed",
+    "Workload",
+    "annotate",
+    "plan",
+    "trace",
+    "verify",
+]
+
+
+class Plan(_ir_plan.Plan):
+    """A plan: `print` it, `save` and `load` it, `emit` it as a program, `verify` that program.
+
+    The data is `ir.plan.Plan`: strategy, mesh, types of every value, stages, predicted figures,
+    certificate and alternatives.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def _of(cls, plan: _ir_plan.Plan) -> Plan:
+        return cls(**{field.name: getattr(plan, field.name) for field in fields(plan)})
+
+    def __str__(self) -> str:
+        return _planner.summary(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `shardwright plan --json` prints."""
+        return dict(_planner.to_json(self))
+
+    def explain(self) -> str:
+        """Where time and memory go, what binds, what the runners-up lose on."""
+        return _planner.explain(self)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan as JSON, whole or not at all."""
+        _serial.save_plan(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Reads a plan file. Raises InvalidInput saying what is wrong with it."""
+        return cls._of(_serial.load_plan(path))
+
+    def emit(
+        self,
+        backend: str,
+        folder: str | Path,
+        weights: str | Path | Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Writes the sharded program as source into `folder` and returns it.
+
+        `weights` (a state dict, or a safetensors file or folder) is what training starts from: the
+        program reads its own slices of it. Raises InvalidInput for another backend than `torch`.
+        """
+        if backend != "torch":
+            raise InvalidInput(f"backend {backend!r}: expected torch")
+        from .backends.to_torch import emit
+
+        return emit(self, folder, weights=weights)
+
+
+def trace(
+    model: Any,
+    example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+    *,
+    loss: Callable[..., Any] | None = None,
+) -> Model:
+    """The graph of a model: a `torch.nn.Module` with example inputs, or a MODEL specification
+    (a preset name, a Hugging Face config file or folder, `package.module:callable`).
+
+    Raises InvalidInput where it cannot be traced and UnsupportedOp for an op without a rule.
+    """
+    if isinstance(model, Model):
+        return model
+    from .ir import from_torch
+
+    if isinstance(model, str | Path):
+        return from_torch.trace_spec(str(model))
+    return from_torch.trace(model, example_inputs, loss=loss)
+
+
+def plan(
+    model: Any,
+    cluster: Cluster | str,
+    workload: Workload,
+    *,
+    fix: str | Mapping[str, Any] | None = None,
+    example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+    loss: Callable[..., Any] | None = None,
+    top: int = 5,
+    progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """The best way found to train `model` on `cluster`, with a bound on how good it can be.
+
+    `model`: what `trace` takes, or a traced model. `cluster`: a `Cluster` or its specification.
+    `fix`: parts of the strategy that are given (`tp=8,pp=4` or a mapping). `top` configurations are
+    kept, the best first. Raises Infeasible, saying what is short, where nothing fits.
+    """
+    traced = trace(model, example_inputs, loss=loss)
+    where = Cluster.parse(cluster) if isinstance(cluster, str) else cluster
+    request = _planner.Request(traced, where, workload, _planner.Fix.parse(fix))
+    search = _planner.Search(request)
+    found = search.run(top, progress)
+    mesh = search.mesh(found.outcomes[0].candidate)
+    return Plan._of(_planner.build_plan(request, mesh, found))
+
+
+def annotate(
+    target: Any, *, params: str | None = None, stage: int | None = None, **axes: str
+) -> Any:
+    """Pins what you already know: `sw.annotate(model.lm_head.weight, tp="S(0)")`.
+
+    `target`: a parameter; an activation inside `forward` (returned unchanged); or a module, whose
+    output is pinned, or with `params` its parameters that match the name pattern, or with `stage`
+    the pipeline stage it is in. Axes take SBP types: `S(dim)`, `R`, `I`, `P`.
+    """
+    from .ir.from_torch.annotate import annotate as pin
+
+    return pin(target, params=params, stage=stage, axes=axes)
+
+
+def verify(
+    model: Any,
+    *,
+    layout: str | Mapping[str, Any] | None = None,
+    dtype: str = "float64",
+    **options: Any,
+) -> dict[str, Any]:
+    """Runs the emitted program on local CPU ranks against the single-device model.
+
+    `model`: a plan (scaled down to fit), or what `plan` takes, with the layout to check. Returns
+    what `shardwright verify --json` prints.
+    """
+    from .backends.to_torch.parity import verify_layout, verify_plan
+
+    if isinstance(model, _ir_plan.Plan):
+        return verify_plan(model, dtype=dtype, **options)
+    return verify_layout(model, layout, dtype=dtype, **options)

@@ -1,0 +1,6 @@
+"""`python -m shardwright`."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""The command line. Every command is a few lines over what `shardwright` offers in Python."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from . import Plan, Workload
+from . import plan as make_plan
+from . import verify as run_verify
+from .costmodel import Cluster
+from .ir import InvalidInput, ShardwrightError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    help="Plans and compiles parallel training.",
+)  # fmt: skip
+errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Fixed = Annotated[str, typer.Option("--fix", help="Parts that are given: tp=8,pp=4,zero=3,...")]
+
+
+def main() -> None:
+    """Runs the command line; errors a user can cause are one line and an exit code."""
+    app()
+
+
+def _guarded(action: Callable[[], None], debug: bool) -> None:
+    try:
+        action()
+    except ShardwrightError as error:
+        if debug:
+            raise
+        _fail(str(error), error.exit_code)
+    except (OSError, MemoryError) as error:
+        if debug:
+            raise
+        _fail(f"{type(error).__name__}: {error}", InvalidInput.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    errors.print(f"shardwright: {' '.join(message.split())}")
+    raise typer.Exit(code)
+
+
+def _list_names() -> None:
+    from .ir.from_torch import preset_names
+
+    typer.echo("models:   " + " ".join(preset_names()))
+    typer.echo("clusters: " + " ".join(Cluster.preset_names()))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="config.json, package.module:callable, preset")] = "",
+    cluster: Annotated[str, typer.Option(help="A cluster file, preset:NODES or :NODESxGPUS")] = "",
+    global_batch: Annotated[int, typer.Option(help="Sequences per step")] = 0,
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence")] = 0,
+    precision: Annotated[str, typer.Option(help="bf16, fp32 or fp64")] = "bf16",
+    top: Annotated[int, typer.Option(help="Configurations to show")] = 5,
+    fix: Fixed = "",
+    as_json: AsJson = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Plan file")] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="List presets")] = False,
+    debug: Debug = False,
+) -> None:
+    """Finds the best way to train MODEL on a cluster."""
+
+    def action() -> None:
+        if show_list:
+            return _list_names()
+        for flag, given in (("MODEL", model), ("--cluster", cluster)):
+            if not given:
+                raise InvalidInput(f"{flag} is missing; see shardwright plan --help")
+        for flag, number in (
+            ("--global-batch", global_batch),
+            ("--seq-len", seq_len),
+            ("--top", top),
+        ):
+            if number < 1:
+                raise InvalidInput(f"{flag} is {number}, expected a whole number of at least 1")
+        if precision not in ("bf16", "fp32", "fp64"):
+            raise InvalidInput(f"--precision {precision}: expected bf16, fp32 or fp64")
+        work = Workload(global_batch, seq_len, precision=precision)
+        found = _with_progress(
+            as_json,
+            lambda report: make_plan(model, cluster, work, fix=fix, top=top, progress=report),
+        )
+        if output is not None:
+            found.save(output)
+        typer.echo(json.dumps(found.to_json(), indent=1) if as_json else str(found))
+        if not as_json and found.alternatives:
+            typer.echo("\nRunners-up")
+            for other in found.alternatives:
+                typer.echo(f"  {other.strategy}: {other.reason}")
+        return None
+
+    _guarded(action, debug)
+
+
+def _with_progress(quiet: bool, work: Callable[[Callable[[str], None] | None], Plan]) -> Plan:
+    if quiet or not errors.is_terminal:
+        return work(None)
+    with errors.status("tracing the model") as status:
+        return work(status.update)
+
+
+@app.command()
+def explain(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN.JSON")], debug: Debug = False
+) -> None:
+    """Where time and memory go, what binds, what the runners-up lose on."""
+    _guarded(lambda: typer.echo(Plan.load(plan_file).explain()), debug)
+
+
+@app.command()
+def emit(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN.JSON")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the program")],
+    backend: Annotated[str, typer.Option(help="torch")] = "torch",
+    weights: Annotated[
+        Path | None, typer.Option(help="safetensors or state dict to start from")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Writes the sharded program of a plan as source."""
+
+    def action() -> None:
+        found = Plan.load(plan_file)
+        folder = found.emit(backend, output, weights=weights)
+        ranks = found.strategy.ranks
+        typer.echo(f"{folder}: torchrun --nproc-per-node {min(ranks, _per_node(found))} "
+                   f"--nnodes {max(1, ranks // _per_node(found))} {folder}/train.py")  # fmt: skip
+
+    _guarded(action, debug)
+
+
+def _per_node(found: Plan) -> int:
+    return int(found.cluster["devices_per_node"])
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="A plan file, or a MODEL together with --layout")],
+    layout: Annotated[str, typer.Option(help="tp=2,dp=2,zero=3,...")] = "",
+    dtype: Annotated[str, typer.Option(help="float64 or float32")] = "float64",
+    backend: Annotated[str, typer.Option(help="torch")] = "torch",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Runs the emitted program on local CPU ranks against the single-device model."""
+
+    def action() -> None:
+        if backend != "torch":
+            raise InvalidInput(f"--backend {backend}: expected torch")
+        result = _verified(model, layout, dtype)
+        if as_json:
+            typer.echo(json.dumps(result, indent=1))
+        else:
+            _show(result)
+        if not result["equal"]:
+            raise typer.Exit(4)
+
+    _guarded(action, debug)
+
+
+def _verified(model: str, layout: str, dtype: str) -> dict[str, Any]:
+    if layout:
+        return run_verify(model, layout=layout, dtype=dtype)
+    if not Path(model).is_file():
+        raise InvalidInput(f"{model}: no such plan file; to check a model, give --layout as well")
+    return run_verify(Plan.load(model), dtype=dtype)
+
+
+def _show(result: dict[str, Any]) -> None:
+    verdict = "equal" if result["equal"] else "NOT EQUAL"
+    if "error" in result:
+        typer.echo(f"{verdict}: {result['error']}")
+        return
+    loss, worst = result["loss"], result["worst_gradient"]
+    typer.echo(f"{verdict} on {result['ranks']} ranks")
+    typer.echo(f"  loss        single {loss['single']:.15g}  sharded {loss['sharded']:.15g}")
+    typer.echo(f"  worst gradient  {worst['name']}  relative error {worst['relative_error']:.3g}")

@@ -1,0 +1,73 @@
+"""Floor 2: what things take, in seconds and bytes, of anything the planner may ask about.
+
+    device       Device: memory, peaks, efficiencies; presets in data/devices.yaml
+    cluster      Cluster and its levels of links; presets in data/clusters.yaml
+    precision    Precision: dtypes and bytes per parameter; presets in data/precisions.yaml
+    collectives  collective_seconds over a Group of ranks
+    compute      forward_seconds, backward_seconds of an op: roofline; classes in data/work.yaml
+    shards       local sizes of loops and values under types on a mesh
+    saved        what ops keep for backward, what recomputation runs again
+    liveness     block_bytes: activations of one block, kept and at the peak
+    memory       state_bytes, stage_bytes: weights, gradients, optimizer state, in flight
+    steptime     the bound and the estimate of 1F1B, gradient synchronisation, optimizer step
+    yaml_files   reading and writing validated YAML
+
+Seconds and bytes are those of the slowest and the fullest rank. No file here decides anything.
+"""
+
+from .cluster import Cluster, Level
+from .collectives import CollectiveKind, Group, collective_seconds
+from .compute import backward_seconds, forward_seconds, op_flops, roofline_seconds
+from .device import ComputeDtype, Device
+from .liveness import BlockBytes, block_bytes
+from .memory import (
+    StageBytes,
+    StateBytes,
+    gather_bytes,
+    in_flight_microbatches,
+    stage_bytes,
+    state_bytes,
+)
+from .precision import Precision
+from .saved import run_again, saves
+from .shards import local_shape, local_sizes, op_splits
+from .steptime import (
+    SyncSeconds,
+    data_parallel_sync,
+    optimizer_step_seconds,
+    pipeline_bound_seconds,
+    pipeline_estimate_seconds,
+)
+
+__all__ = [
+    "BlockBytes",
+    "Cluster",
+    "CollectiveKind",
+    "ComputeDtype",
+    "Device",
+    "Group",
+    "Level",
+    "Precision",
+    "StageBytes",
+    "StateBytes",
+    "SyncSeconds",
+    "backward_seconds",
+    "block_bytes",
+    "collective_seconds",
+    "data_parallel_sync",
+    "forward_seconds",
+    "gather_bytes",
+    "in_flight_microbatches",
+    "local_shape",
+    "local_sizes",
+    "op_flops",
+    "op_splits",
+    "optimizer_step_seconds",
+    "pipeline_bound_seconds",
+    "pipeline_estimate_seconds",
+    "roofline_seconds",
+    "run_again",
+    "saves",
+    "stage_bytes",
+    "state_bytes",
+]

@@ -1,0 +1,113 @@
+"""One accelerator: what it can hold, how fast it computes and moves bytes.
+
+A `Device` is one device as the framework counts them (torch: one `cuda:i`). Presets with their
+sources are in `data/devices.yaml`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from . import yaml_files
+
+ComputeDtype = Literal["float64", "float32", "tf32", "bfloat16", "float16", "float8"]
+"""What arithmetic is done in. `float32` is full float32; `tf32` is float32 on matrix units."""
+
+_WIDER: dict[ComputeDtype, ComputeDtype] = {
+    "float8": "bfloat16",
+    "bfloat16": "float32",
+    "float16": "float32",
+    "tf32": "float32",
+    "float32": "float64",
+}
+
+_FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class PeakFlops(BaseModel):
+    """Peak dense FLOP/s of matrix products per dtype; None where the device has no such units."""
+
+    model_config = _FROZEN
+
+    float64: float | None = Field(default=None, gt=0)
+    float32: float | None = Field(default=None, gt=0)
+    tf32: float | None = Field(default=None, gt=0)
+    bfloat16: float | None = Field(default=None, gt=0)
+    float16: float | None = Field(default=None, gt=0)
+    float8: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _has_one(self) -> PeakFlops:
+        if self.float32 is None and self.float64 is None:
+            raise ValueError("expected a peak for float32 or float64")
+        return self
+
+
+class Device(BaseModel):
+    """An accelerator.
+
+    Bytes, seconds, FLOP/s and bytes/s throughout. Efficiencies are the fractions of the peak that
+    large shapes of a training step reach; `kernel_launch_s` is the least an op takes;
+    `reserve_bytes` is what a training process holds beyond what a plan accounts for.
+    """
+
+    model_config = _FROZEN
+
+    name: str
+    memory_bytes: int = Field(gt=0)
+    peak_flops_per_s: PeakFlops
+    memory_bandwidth_bytes_per_s: float = Field(gt=0)
+    matmul_efficiency_fraction: float = Field(gt=0, le=1)
+    attention_efficiency_fraction: float = Field(gt=0, le=1)
+    memory_efficiency_fraction: float = Field(gt=0, le=1)
+    kernel_launch_s: float = Field(ge=0)
+    reserve_bytes: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _reserve_fits(self) -> Device:
+        if self.reserve_bytes >= self.memory_bytes:
+            raise ValueError(
+                f"reserve_bytes is {self.reserve_bytes}, expected less than memory_bytes "
+                f"({self.memory_bytes})"
+            )
+        return self
+
+    @property
+    def memory_limit_bytes(self) -> int:
+        """What a plan may use: memory without the reserve."""
+        return self.memory_bytes - self.reserve_bytes
+
+    def peak(self, dtype: ComputeDtype) -> float:
+        """Peak dense FLOP/s in a dtype, or in the next wider one that the device has units for.
+
+        Example: a V100 has no bfloat16, so bfloat16 runs at the float32 rate.
+        """
+        rate: float | None = getattr(self.peak_flops_per_s, dtype)
+        while rate is None:
+            dtype = _WIDER.get(dtype, "float32")
+            rate = getattr(self.peak_flops_per_s, dtype)
+        return rate
+
+    @staticmethod
+    def preset(name: str) -> Device:
+        """A published accelerator; raises InvalidInput with the nearest names if unknown."""
+        table = yaml_files.packaged("devices")
+        data: dict[str, Any] = {"name": name, **yaml_files.pick(table, name, "device")}
+        return yaml_files.validated(Device, data, f"device preset {name}")
+
+    @staticmethod
+    def preset_names() -> tuple[str, ...]:
+        """Names that `preset` takes, in the order of the data file."""
+        return tuple(yaml_files.packaged("devices"))
+
+    @staticmethod
+    def load(path: str | Path) -> Device:
+        """Reads a device file; raises InvalidInput naming field, value and line."""
+        return yaml_files.load(Device, path)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a device file that `load` reads."""
+        yaml_files.save(self.model_dump(exclude_none=True), path)

@@ -1,0 +1,229 @@
+"""Bytes of activations of one block by liveness: what it keeps for backward, and its peak.
+
+Tensors are counted as storages. A value in the layout it is made in is one storage, each other
+layout it is converted to is one more, a view shares its source's, and a value that several ops
+keep is kept once. Parameters are not activations, nor are inputs without a gradient (token ids,
+rotary tables: made once, shared by all blocks).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from ..ir.graph import Binding, Graph, Op
+from ..ir.mesh import Mesh
+from ..ir.optable import TABLE
+from ..ir.plan import Annotation, Recompute
+from ..ir.types import NdType
+from .precision import Precision
+from .saved import is_expensive, saves
+from .shards import local_shape
+
+_FLOAT32_BYTES = 4
+_ALIASING = frozenset({"reshape", "permute", "expand", "chunk", "slice"})
+"""Views that share their operand's storage; a concat does not."""
+
+Layout = tuple[object, ...]
+Storage = tuple[str, Layout]
+"""(value, layout): one allocation."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockBytes:
+    """Per rank and microbatch: `kept` from forward to backward, `workspace` on top of it at the
+    worst moment of the block's forward or backward pass."""
+
+    kept: int
+    workspace: int
+
+
+@dataclass(slots=True)
+class _Life:
+    """A storage: bytes, the ops (by position) between which it lives, the first that keeps it."""
+
+    bytes: int
+    born: int
+    last: int
+    grad: bool
+    saver: int | None = None
+
+
+def block_bytes(
+    graph: Graph,
+    types: Annotation,
+    mesh: Mesh,
+    binding: Binding,
+    precision: Precision,
+    recompute: Recompute = "none",
+) -> BlockBytes:
+    """Activation bytes of one call of a block on the fullest rank.
+
+    `none` keeps what the op table says; `selective` keeps the block's input and the results of
+    contractions and attention (a partial result after its reduction, not before); `full` keeps
+    the input alone. `binding` gives the logical sizes that `types` split.
+    """
+    return _Liveness(graph, types, mesh, binding, precision).measure(recompute)
+
+
+class _Liveness:
+    def __init__(
+        self, graph: Graph, types: Annotation, mesh: Mesh, binding: Binding, precision: Precision
+    ) -> None:
+        self.graph, self.types, self.mesh = graph, types, mesh
+        self.binding, self.precision = binding, precision
+        self.produced = types.produced(graph)
+        self.root: dict[str, Storage | None] = {}
+        self.lives: dict[Storage, _Life] = {}
+        self.statistics = [0] * len(graph.ops)
+        self.scratch = [0] * len(graph.ops)
+        for name in (*graph.inputs, *graph.parameters):
+            value = graph.values[name]
+            counts = value.role != "parameter" and value.grad and name in graph.inputs
+            self.root[name] = self._new(name, self.produced[name], -1) if counts else None
+        for i, op in enumerate(graph.ops):
+            self._op(i, op)
+        for name, want in zip(graph.outputs, types.outputs, strict=True):
+            self._read(name, want, len(graph.ops))
+
+    def _new(self, name: str, nd: NdType, born: int, element_bytes: int = 0) -> Storage:
+        value = self.graph.values[name]
+        per_element = element_bytes or self.precision.element_bytes(value.dtype)
+        size = prod(local_shape(value, nd, self.mesh, self.binding)) * per_element
+        storage = (name, (*_layout(nd), element_bytes))
+        self.lives.setdefault(storage, _Life(size, born, born, value.grad))
+        return storage
+
+    def _read(self, name: str, want: NdType, at: int) -> Storage | None:
+        """The storage an op reads, alive until then; None for what is not counted."""
+        storage = self.root[name]
+        if storage is None:
+            return None
+        self.lives[storage].last = max(self.lives[storage].last, at)
+        if _layout(want) != _layout(self.produced[name]):
+            storage = self._new(name, want, at)
+            self.lives[storage].last = max(self.lives[storage].last, at)
+        return storage
+
+    def _op(self, i: int, op: Op) -> None:
+        types = self.types.ops[op.name]
+        read = [self._read(v, t, i) for v, t in zip(op.operands, types.operands, strict=True)]
+        aliases = op.kind in _ALIASING or (op.kind == "cast" and self._same_bytes(op))
+        for name, nd in zip(op.results, types.results, strict=True):
+            self.root[name] = read[0] if aliases else self._new(name, nd, i)
+        kept = saves(op, self.graph.values)
+        for k in kept.operands:
+            storage = read[k]
+            if storage is None:
+                continue
+            if TABLE[op.kind].work == "loss" and k == 0:
+                storage = self._log_probabilities(i, op, types.operands[0])
+            self._keep(storage, i)
+        for k in kept.results:
+            self._keep(self.root[op.results[k]], i)
+        if kept.statistics:
+            self._keep_statistics(i, op, kept.statistics)
+
+    def _same_bytes(self, op: Op) -> bool:
+        sizes = {self.precision.element_bytes(self.graph.values[v].dtype)
+                 for v in (op.operands[0], op.results[0])}  # fmt: skip
+        return len(sizes) == 1
+
+    def _log_probabilities(self, i: int, op: Op, nd: NdType) -> Storage:
+        """A cross-entropy keeps log-probabilities, at least float32, beside the logits.
+
+        Its backward pass fills a gradient of these, and one of the float32 logits where the logits
+        are narrower (torch: nll_loss and log_softmax).
+        """
+        name = op.operands[0]
+        narrow = self.precision.element_bytes(self.graph.values[name].dtype)
+        storage = self._new(name, nd, i, max(_FLOAT32_BYTES, narrow))
+        life = self.lives[storage]
+        life.grad = False  # the logits' gradient is counted with the logits
+        elements = life.bytes // max(_FLOAT32_BYTES, narrow)
+        self.scratch[i] = life.bytes + max(0, life.bytes - narrow * elements)
+        return storage
+
+    def _keep(self, storage: Storage | None, i: int) -> None:
+        if storage is not None:
+            life = self.lives[storage]
+            life.saver = i if life.saver is None else min(life.saver, i)
+
+    def _keep_statistics(self, i: int, op: Op, count: int) -> None:
+        """`count` float32 values per row of the result (of the logits, for a loss)."""
+        if TABLE[op.kind].work == "loss":
+            name, nd = op.operands[0], self.types.ops[op.name].operands[0]
+        else:
+            name, nd = op.results[0], self.types.ops[op.name].results[0]
+        shape = local_shape(self.graph.values[name], nd, self.mesh, self.binding)
+        self.statistics[i] = count * _FLOAT32_BYTES * prod(shape[:-1])
+
+    def measure(self, recompute: Recompute) -> BlockBytes:
+        count = len(self.graph.ops)
+        saved = {s: life.saver for s, life in self.lives.items() if life.saver is not None}
+        if recompute == "none":
+            kept = sum(self.lives[s].bytes for s in saved) + sum(self.statistics)
+            peak = max(self._forward_peak(set(saved)), self._backward_peak(saved))
+            return BlockBytes(kept, max(0, peak - kept))
+        keeps = {s for s, life in self.lives.items() if life.born < 0}
+        statistics = 0
+        if recompute == "selective":
+            for i, op in enumerate(self.graph.ops):
+                if is_expensive(op):
+                    keeps |= self._results_kept(op)
+                    statistics += self.statistics[i]
+        kept = sum(self.lives[s].bytes for s in keeps) + statistics
+        # Backward starts with the forward pass run again, beside the gradient of the output.
+        again = self._forward_peak(set(saved) | keeps)
+        again += sum(life.bytes for life in self.lives.values() if life.grad and life.last == count)
+        held = dict.fromkeys(keeps - set(saved), -1)
+        peak = max(self._forward_peak(keeps), again, self._backward_peak({**saved, **held}))
+        return BlockBytes(kept, max(0, peak - kept))
+
+    def _results_kept(self, op: Op) -> set[Storage]:
+        """Storages of an op's results, in the layouts they are read in where they are partial."""
+        kept: set[Storage] = set()
+        for name in op.results:
+            made = self.root[name]
+            if made is None:
+                continue
+            partial = any(kind.kind == "P" for _, kind in self.produced[name])
+            copies = {s for s in self.lives if s[0] == name and s != made}
+            kept |= copies if partial and copies else {made}
+        return kept
+
+    def _forward_peak(self, kept: set[Storage]) -> int:
+        """Most bytes alive at any op of a forward pass that keeps `kept`."""
+        count = len(self.graph.ops)
+        change = [0] * (count + 2)
+        for storage, life in self.lives.items():
+            change[max(life.born, 0)] += life.bytes
+            if storage not in kept:
+                change[min(life.last, count) + 1] -= life.bytes
+        return self._running_peak(change)
+
+    def _backward_peak(self, saved: dict[Storage, int]) -> int:
+        """Most bytes alive at any op of the backward pass: saved tensors until their first saver
+        is done, gradients from a value's last reader back to its producer."""
+        count = len(self.graph.ops)
+        change = [0] * (count + 2)  # over ops in forward order: alive from `start` to `end`
+        for storage, first in saved.items():
+            change[max(first, 0)] += self.lives[storage].bytes
+        for life in self.lives.values():
+            if life.grad:
+                change[max(life.born, 0)] += life.bytes
+                change[min(life.last, count) + 1] -= life.bytes
+        return self._running_peak(change, self.scratch)
+
+    def _running_peak(self, change: list[int], scratch: list[int] | None = None) -> int:
+        alive = peak = 0
+        for i, delta in enumerate(change):
+            at_op = i < len(self.graph.ops)
+            alive += delta + (self.statistics[i] if at_op else 0)
+            peak = max(peak, alive + (scratch[i] if scratch and at_op else 0))
+        return peak
+
+
+def _layout(nd: NdType) -> Layout:
+    """What a type means for storage: R and I are the same bytes."""
+    return tuple(("R", -1, -1) if k.kind == "I" else (k.kind, k.dim, k.part) for _, k in nd)

@@ -1,0 +1,182 @@
+"""How parameters start: read off what the model's own initialisation does to them.
+
+The initialisation is run on a copy on meta, and the in-place calls it makes are written down. Where
+it cannot be run, values that are there are measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..graph import Init
+
+_FALLBACK = Init("normal", 0.02)
+"""Of a parameter of which nothing is known; GPT-2's standard deviation."""
+
+_SAMPLE = 65536
+"""Elements that are looked at when values are measured."""
+
+
+class Recorder(TorchFunctionMode):
+    """Writes down what in-place initialisation does to parameters, by id."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, Init] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if args and isinstance(args[0], Tensor) and name in _CALLS:
+            init = _CALLS[name](self.found.get(id(args[0])), *args[1:], **kwargs)
+            if init is not None:
+                self.found[id(args[0])] = init
+        return func(*args, **kwargs)
+
+
+def _normal(_: Init | None, mean: float = 0.0, std: float = 1.0, **__: Any) -> Init:
+    return Init("normal", float(std))
+
+
+def _uniform(_: Init | None, low: float = 0.0, high: float = 1.0, **__: Any) -> Init:
+    """`erfinv_` of (-1, 1) is how truncated normals begin."""
+    return Init("uniform", float(max(abs(low), abs(high))))
+
+
+def _erfinv(_: Init | None) -> Init:
+    return Init("normal", 1 / sqrt(2))
+
+
+def _scaled(before: Init | None, factor: Any = 1.0, *_: Any, **__: Any) -> Init | None:
+    if before is None or not isinstance(factor, (int, float)):
+        return None
+    return Init(before.kind, before.value * float(factor))
+
+
+def _constant(value: float) -> Callable[..., Init]:
+    return lambda _, *args, **kwargs: Init("constant", float(args[0]) if args else value)
+
+
+_CALLS: dict[str, Callable[..., Init | None]] = {
+    "normal_": _normal,
+    "uniform_": _uniform,
+    "erfinv_": _erfinv,
+    "mul_": _scaled,
+    "zero_": _constant(0.0),
+    "fill_": _constant(0.0),
+}
+
+
+def initialised(module: nn.Module) -> dict[int, Init]:
+    """Runs the initialisation of a module on meta; id of a parameter → how it starts.
+
+    Buffers that lie on the CPU get their values by it, where the model's class does that.
+    """
+    pretrained = getattr(module, "_init_weights", None)
+    recorder = Recorder()
+    with recorder, torch.no_grad():
+        for child in reversed(list(module.modules())):  # children before their parents
+            reset = pretrained or getattr(child, "reset_parameters", None)
+            reset = reset or getattr(child, "_reset_parameters", None)
+            if callable(reset):
+                try:
+                    reset(child) if pretrained else reset()
+                except Exception:  # noqa: BLE001, S112 - an initialisation that needs values
+                    continue
+    return recorder.found
+
+
+def measured(parameter: Tensor) -> Init:
+    """The distribution of real values: constant, uniform or normal."""
+    sample = parameter.detach().flatten()[:_SAMPLE].double()
+    largest, deviation = float(sample.abs().max()), float(sample.std(correction=0))
+    if deviation < 1e-12 * max(largest, 1.0):
+        return Init("constant", float(sample[0]))
+    if sample.numel() >= 64 and largest < 1.78 * float(sample.pow(2).mean().sqrt()):
+        return Init("uniform", largest)  # a uniform's largest value is √3 deviations
+    return Init("normal", deviation)
+
+
+def inits_of(
+    module: nn.Module,
+    twin: nn.Module,
+    names: Mapping[nn.Parameter, str],
+    recorded: Mapping[int, Init],
+) -> dict[str, Init]:
+    """Logical name → init. `twin` is the copy on meta, `names` its parameters' names, `recorded`
+    what `initialised(twin)` found."""
+    own = dict(module.named_parameters())
+    is_pretrained = hasattr(module, "_init_weights")
+    found: dict[str, Init] = {}
+    for parameter, name in names.items():
+        noted = getattr(own[name], "_shardwright_init", None)
+        known = recorded.get(id(parameter))
+        if noted is None and not is_pretrained and not own[name].is_meta:
+            noted = measured(own[name])
+            if known and known.kind == "uniform" == noted.kind:
+                noted = known  # the bound that the values were drawn from
+        found[name] = noted or known or _FALLBACK
+    return found
+
+
+@contextmanager
+def skeleton() -> Iterator[None]:
+    """Modules made inside have parameters on meta that remember how they start, and real buffers.
+
+    So a model of any size is built in little memory, and masks and tables keep their values.
+    """
+    recorder = Recorder()
+    noted: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            twin = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+            if id(parameter) in noted:  # registered twice: tied
+                twin = noted[id(parameter)][0]
+            elif parameter.numel():
+                recorder.found[id(twin)] = measured(parameter)
+            noted[id(parameter)] = (twin, parameter)
+            parameter = twin
+        elif parameter is not None:
+            noted.setdefault(id(parameter), (parameter, parameter))
+        register(self, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        with _EmptyOnMeta(), recorder:
+            yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        for twin, _ in noted.values():
+            if id(twin) in recorder.found:
+                twin._shardwright_init = recorder.found[id(twin)]  # type: ignore[attr-defined]
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """`torch.empty`, with which layers make their weights, takes no memory."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)

@@ -1,0 +1,133 @@
+"""Repeated modules: found before tracing, so that each distinct one is traced twice and no more.
+
+A list of modules whose children are structurally equal is cut to its shortest prefix that holds two
+of each kind. It must be a prefix: models look up settings of a layer by its position. That the two
+traces are equal is checked afterwards; where they are not, the model is traced in full.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidInput
+from .export import MODEL_DTYPE
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A list of modules: its path, its children's names, which are alike, how many are traced."""
+
+    path: str
+    children: tuple[str, ...]
+    alike: tuple[int, ...]
+    kept: int
+
+    def child(self, index: int) -> str:
+        """Path of a child."""
+        return f"{self.path}.{self.children[index]}" if self.path else self.children[index]
+
+
+def find_runs(module: nn.Module, path: str = "") -> list[Run]:
+    """The outermost lists of modules, in order; lists whose children all differ are looked into."""
+    runs: list[Run] = []
+    if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 0:
+        run = _run(module, path)
+        if len(set(run.alike)) < len(run.alike) or len(run.alike) == 1 or not _lists(module):
+            return [run]
+    for name, child in module.named_children():
+        runs += find_runs(child, f"{path}.{name}" if path else name)
+    return runs
+
+
+def _lists(module: nn.Module) -> bool:
+    return any(
+        isinstance(m, (nn.ModuleList, nn.Sequential)) for m in module.modules() if m is not module
+    )
+
+
+def _run(module: nn.ModuleList | nn.Sequential, path: str) -> Run:
+    children = dict(module.named_children())
+    kinds: dict[Any, int] = {}
+    alike = [kinds.setdefault(_signature(child), len(kinds)) for child in children.values()]
+    kept, seen = len(alike), [0] * len(kinds)
+    want = [min(2, alike.count(kind)) for kind in range(len(kinds))]
+    for i, kind in enumerate(alike):
+        seen[kind] += 1
+        if all(have >= need for have, need in zip(seen, want, strict=True)):
+            kept = i + 1
+            break
+    if any(next(child.parameters(), None) is None for child in children.values()):
+        kept = len(alike)
+    return Run(path, tuple(children), tuple(alike), kept)
+
+
+def _signature(module: nn.Module) -> tuple[Any, ...]:
+    """What makes two modules alike: classes, parameters, buffers and plain settings throughout."""
+    parts: list[Any] = []
+    for name, child in module.named_modules(remove_duplicate=False):
+        own = [(n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in child._parameters.items() if p is not None]
+        buffers = [(n, tuple(b.shape), b.dtype) for n, b in child._buffers.items() if b is not None]
+        plain = sorted(
+            (n, repr(v)) for n, v in vars(child).items() if not _is_index(n) and _is_plain(v)
+        )
+        parts.append((name, type(child), tuple(own), tuple(buffers), tuple(plain)))
+    return tuple(parts)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(each) for each in value)
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
+
+
+def _is_index(name: str) -> bool:
+    """Attributes that number a layer: alike layers differ in them."""
+    lower = name.lower()
+    return any(part in lower for part in ("idx", "index", "layer_id", "layer_number", "layer_num"))
+
+
+def on_meta(module: nn.Module, runs: Sequence[Run]) -> tuple[nn.Module, dict[nn.Parameter, nn.Parameter]]:
+    """A copy on meta in which every run is cut to its prefix, and its parameters → the originals.
+
+    The user's module is not touched. Raises InvalidInput where it cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for run in runs:
+        children = list(module.get_submodule(run.path).children())
+        for child in children[run.kept :]:
+            memo[id(child)] = nn.Identity()
+    originals: dict[nn.Parameter, nn.Parameter] = {}
+    for parameter in module.parameters():
+        twin = nn.Parameter(_meta(parameter), requires_grad=parameter.requires_grad)
+        memo[id(parameter)] = twin
+        originals[twin] = parameter
+    for buffer in module.buffers():
+        memo[id(buffer)] = _meta(buffer)
+    try:
+        twin_module = copy.deepcopy(module, memo)
+    except Exception as error:
+        raise InvalidInput(f"{type(module).__name__} cannot be copied: {error}") from error
+    for run in runs:
+        inner = twin_module.get_submodule(run.path)
+        for name in run.children[run.kept :]:
+            del inner._modules[name]
+    return twin_module, originals
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    dtype = MODEL_DTYPE if tensor.is_floating_point() else tensor.dtype
+    return torch.empty(tensor.shape, dtype=dtype, device="meta")
+
+
+def logical_names(
+    module: nn.Module, originals: Mapping[nn.Parameter, nn.Parameter]
+) -> dict[nn.Parameter, str]:
+    """Parameter of the copy → its logical name: the first that the original has for it."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return {twin: names[original] for twin, original in originals.items()}

@@ -1,0 +1,232 @@
+"""Cuts a lifted draft into preamble and pieces: consecutive ops that become one segment each.
+
+Pieces are bounded by the modules that lists hold, or, without lists, by the model's own children;
+a cut is kept only where exactly one activation crosses it, so that a pipeline can be cut there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..graph import Value
+from ..refine import RawGraph, RawOp
+from .draft import Draft, Op, Wire
+from .naming import Names, op_names, relative, value_names
+from .prefix import Run
+
+
+@dataclass(eq=False, slots=True)
+class Piece:
+    """Ops of one segment. `unit` is the path of the module they belong to, or None."""
+
+    unit: str | None
+    ops: list[Op]
+
+    @property
+    def parameters(self) -> list[Wire]:
+        """Parameters read, each once."""
+        wires = (w for op in self.ops for w in op.operands if w.role == "parameter")
+        return list(dict.fromkeys(wires))
+
+
+def cut(draft: Draft, module: nn.Module, runs: Sequence[Run]) -> list[Piece]:
+    """The pieces of the carried ops, in order.
+
+    Lists whose modules do not follow each other with one activation between them (experts, the
+    layers of an MLP beside a residual connection) do not bound pieces.
+    """
+    chosen = list(runs)
+    while chosen:
+        pieces = _cut(draft, [run.child(i) for run in chosen for i in range(run.kept)])
+        whole = {piece.unit for piece in pieces}
+        intact = [run for run in chosen if _with_parameters(module, run) <= whole]
+        if len(intact) == len(chosen):
+            return pieces
+        chosen = intact
+    pieces = _cut(draft, _children(module))
+    pieces = _sound(_joined(pieces, lambda piece: piece.unit is None))
+    return _framed(pieces, module)
+
+
+def _with_parameters(module: nn.Module, run: Run) -> set[str | None]:
+    units = [run.child(i) for i in range(run.kept)]
+    return {u for u in units if next(module.get_submodule(u).parameters(), None) is not None}
+
+
+def _cut(draft: Draft, units: Sequence[str]) -> list[Piece]:
+    pieces: list[Piece] = []
+    for op in draft.ops:
+        if not any(wire.carried for wire in op.results):
+            continue
+        unit = _unit(op.module, units)
+        if not pieces or pieces[-1].unit != unit:
+            pieces.append(Piece(unit, []))
+        pieces[-1].ops.append(op)
+    return _sound(_joined(pieces, lambda piece: not piece.parameters))
+
+
+def _framed(pieces: list[Piece], module: nn.Module) -> list[Piece]:
+    """Where children repeat (`block1`, `block2`), what is before and after them is one piece each."""
+    classes = [type(module.get_submodule(p.unit)) if p.unit else None for p in pieces]
+    repeated = [i for i, c in enumerate(classes) if c is not None and classes.count(c) > 1]
+    if not repeated:
+        return pieces
+    first, last = repeated[0], repeated[-1]
+    before = [op for piece in pieces[:first] for op in piece.ops]
+    after = [op for piece in pieces[last + 1 :] for op in piece.ops]
+    return [
+        *([Piece(None, before)] if before else []),
+        *pieces[first : last + 1],
+        *([Piece(None, after)] if after else []),
+    ]
+
+
+def _children(module: nn.Module) -> list[str]:
+    """The model's children; those of its only child where there is but one."""
+    path = ""
+    while len(names := [name for name, _ in module.named_children()]) == 1:
+        path = f"{path}.{names[0]}" if path else names[0]
+        module = module.get_submodule(names[0])
+    return [f"{path}.{name}" if path else name for name in names]
+
+
+def _unit(path: str, units: Sequence[str]) -> str | None:
+    return next((u for u in units if path == u or path.startswith(u + ".")), None)
+
+
+def _joined(pieces: list[Piece], condition: Callable[[Piece], bool]) -> list[Piece]:
+    """Joins the pieces for which the condition holds to the one before, the first to the next."""
+    result: list[Piece] = []
+    for piece in pieces:
+        if result and condition(piece):
+            result[-1].ops += piece.ops
+        elif len(result) == 1 and condition(result[0]):
+            result = [Piece(piece.unit, result[0].ops + piece.ops)]
+        else:
+            result.append(piece)
+    return result
+
+
+def _sound(pieces: list[Piece]) -> list[Piece]:
+    """Joins neighbours until exactly one activation crosses every cut."""
+    cuts = 0
+    while cuts + 1 < len(pieces):
+        if len(crossing(pieces, cuts)) == 1:
+            cuts += 1
+            continue
+        joined = Piece(None, pieces[cuts].ops + pieces[cuts + 1].ops)
+        pieces = [*pieces[:cuts], joined, *pieces[cuts + 2 :]]
+        cuts = max(0, cuts - 1)
+    return pieces
+
+
+def crossing(pieces: Sequence[Piece], index: int) -> list[Wire]:
+    """Carried activations made in pieces up to `index` and read later, in order."""
+    made = [w for piece in pieces[: index + 1] for op in piece.ops for w in op.results]
+    read = {w for piece in pieces[index + 1 :] for op in piece.ops for w in op.operands}
+    return [wire for wire in made if wire in read]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A piece as a raw graph, with the wires at its boundary."""
+
+    graph: RawGraph
+    module: str
+    inputs: tuple[Wire, ...]
+    parameters: tuple[str, ...]
+    outputs: tuple[Wire, ...]
+
+
+def draw(piece: Piece, outputs: Sequence[Wire], statics: Mapping[Wire, str], order: Mapping[str, int]) -> Drawn:
+    """The raw graph of a piece. `statics` names inputs and preamble values, `order` parameters."""
+    module = piece.unit or ""
+    made = {wire for op in piece.ops for wire in op.results}
+    read = list(dict.fromkeys(w for op in piece.ops for w in op.operands if w not in made))
+    hidden = [w for w in read if w.carried and w.role != "parameter"]
+    fixed = [w for w in read if not w.carried]
+    parameters = sorted(piece.parameters, key=lambda w: order[w.name])
+    given = {wire: _inner(wire.name, module) for wire in parameters}
+    names = Names(given.values())
+    for wire in hidden:
+        given[wire] = names.unique("hidden")
+    for wire in fixed:
+        given[wire] = names.unique(statics[wire])
+    graph = _raw(
+        piece.ops, [*hidden, *fixed], parameters, outputs, given, names, module
+    )
+    return Drawn(
+        graph, module, (*hidden, *fixed), tuple(w.name for w in parameters), tuple(outputs)
+    )
+
+
+def _inner(name: str, module: str) -> str:
+    return name.removeprefix(module + ".") if module else name
+
+
+def _raw(
+    ops: Sequence[Op],
+    inputs: Sequence[Wire],
+    parameters: Sequence[Wire],
+    outputs: Sequence[Wire],
+    given: dict[Wire, str],
+    names: Names,
+    module: str,
+) -> RawGraph:
+    named = value_names(ops, module, given, names)
+    roles = {wire: "input" for wire in inputs} | {wire: "parameter" for wire in parameters}
+    values = {
+        name: Value(name, wire.dims, wire.dtype, roles.get(wire, "activation"), wire.grad)  # type: ignore[arg-type]
+        for wire, name in named.items()
+    }
+    raw = tuple(
+        RawOp(
+            name,
+            op.kind,
+            tuple(named[w] for w in op.operands),
+            tuple(named[w] for w in op.results),
+            _attributes(op),
+            relative(op.module, module),
+            op.sizes,
+        )
+        for name, op in zip(op_names(ops, module), ops, strict=True)
+    )
+    return RawGraph(
+        values,
+        raw,
+        tuple(named[w] for w in inputs),
+        tuple(named[w] for w in parameters),
+        tuple(named[w] for w in outputs),
+    )
+
+
+def _attributes(op: Op) -> dict[str, Any]:
+    """Attributes without those that only the tracer needs."""
+    attributes = {k: v for k, v in op.attributes.items() if k != "train"}
+    if op.kind == "embedding":
+        row = attributes.pop("padding_idx", None)
+        attributes |= {"padding_idx": row} if row is not None and row >= 0 else {}
+    return attributes
+
+
+def draw_preamble(draft: Draft, needed: Iterable[Wire]) -> tuple[RawGraph, dict[Wire, str]]:
+    """The raw graph of the gradient-free ops, and the names of inputs and preamble values."""
+    ops = [op for op in draft.ops if not any(w.carried for w in op.results)]
+    inputs = [w for w in draft.inputs]
+    names = Names(["hidden", *(w.name for w in inputs)])
+    given = {wire: wire.name for wire in inputs}
+    named = value_names(ops, "", given, names)
+    read = {w for op in ops for w in op.operands}
+    outputs = [w for w in dict.fromkeys(needed) if w.role != "input"]
+    used = [w for w in inputs if w in read]
+    graph = _raw(ops, used, [], outputs, {w: w.name for w in used}, Names(names_of(inputs)), "")
+    return graph, named
+
+
+def names_of(wires: Iterable[Wire]) -> list[str]:
+    """Names that preamble values must not take."""
+    return ["hidden", *(wire.name for wire in wires)]

@@ -1,0 +1,132 @@
+"""What is left of the gradient-free part once masks and tables are lifted: numbers, positions,
+small constants. Found by evaluation, so that it does not matter how they were computed."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedOp
+from ..optable import TABLE
+from .draft import Draft, Op, Wire, ancestors
+from .evaluate import NoValue, Settings
+
+_LARGEST_CONSTANT = 4096
+"""Elements of a constant that a plan file should carry."""
+
+
+def fold_statics(draft: Draft, make: Settings) -> None:
+    """Replaces static wires that carried ops read by numbers, positions and constants.
+
+    Raises UnsupportedOp for one that is neither and that the op table cannot compute.
+    """
+    one, other = make(seed=0), make(seed=1)
+    done: dict[Wire, Wire] = {}
+    for op in list(draft.ops):
+        if op not in draft.ops or not any(w.carried for w in op.operands):
+            continue
+        for wire in dict.fromkeys(op.operands):
+            if wire.carried or wire.source is None or wire.role == "input":
+                continue
+            try:
+                value = one(wire.source)
+                fixed = torch.equal(value, other(wire.source))
+            except NoValue:
+                continue
+            if not fixed:
+                continue  # computed from the inputs
+            if value.numel() == 1 and _take_number(draft, op, wire, value):
+                continue
+            if wire not in done:
+                done[wire] = _replacement(draft, wire, value, op)
+            op.operands = [done[w] if w is wire else w for w in op.operands]
+    _slices_of_parameters(draft)
+    draft.sweep()
+
+
+def _take_number(draft: Draft, op: Op, wire: Wire, value: Tensor) -> bool:
+    """mul, div, add or sub with a number becomes `scale` or `shift`."""
+    if op.kind not in ("mul", "div", "add", "sub") or wire.rank > op.result.rank:
+        return False
+    number: Any = value.item()
+    first = op.operands[0] is wire
+    x = op.operands[1] if first else op.operands[0]
+    if x.dims != op.result.dims or (first and op.kind == "div"):
+        return False
+    dtype = op.result.dtype
+    shape = {"dtype": dtype, "module": op.module, "before": op}
+    if op.kind in ("mul", "div"):
+        factor = number if op.kind == "mul" else 1 / number
+        made = draft.add("scale", [x], x.dims, attributes={"factor": factor}, **shape)
+    else:
+        if first and op.kind == "sub":
+            x = draft.add("neg", [x], x.dims, **shape).result
+        term = -number if op.kind == "sub" and not first else number
+        made = draft.add("shift", [x], x.dims, attributes={"term": term}, **shape)
+    draft.redirect(op.result, made.result)
+    return True
+
+
+def _replacement(draft: Draft, wire: Wire, value: Tensor, reader: Op) -> Wire:
+    first = draft.ops[0]
+    symbolic = any(isinstance(size, str) for dim in wire.dims for size in dim)
+    if wire.dtype in ("int64", "int32") and wire.dims and symbolic:
+        positions = torch.arange(value.shape[-1])
+        start = int(value.flatten()[0])
+        if bool((value - start == positions).all()) and not any(wire.dims[:-1]):
+            made = draft.add("positions", [], wire.dims, dtype="int64", before=first)
+            if start == 0:
+                return made.result
+            return draft.add(
+                "shift", [made.result], wire.dims, dtype="int64", attributes={"term": start},
+                before=first,
+            ).result  # fmt: skip
+    known = all(w.producer is None or w.producer.kind in TABLE for w in ancestors([wire]))
+    buffers = any(w.role == "constant" for w in ancestors([wire]))
+    if known and not buffers:
+        return wire
+    if not symbolic and value.numel() <= _LARGEST_CONSTANT:
+        return draft.add(
+            "constant", [], wire.dims, dtype=wire.dtype, attributes={"value": value.tolist()},
+            before=first,
+        ).result  # fmt: skip
+    sizes = " × ".join(str(prod_text(dim)) for dim in wire.dims)
+    raise UnsupportedOp(
+        f"op {reader.kind} at {reader.module or 'the top level'} reads a fixed tensor of {sizes} "
+        f"elements that is neither positions nor small (at most {_LARGEST_CONSTANT} elements, none "
+        "that grow with the sequence)"
+    )
+
+
+def prod_text(dim: tuple[int | str, ...]) -> str:
+    """A dim as a reader would write it."""
+    number = prod(n for n in dim if isinstance(n, int))
+    names = [n for n in dim if isinstance(n, str)]
+    return "·".join([*names, *([str(number)] if number > 1 or not names else [])])
+
+
+def _slices_of_parameters(draft: Draft) -> None:
+    """`positions_table[:, :s]` is an embedding of the positions 0 … s-1."""
+    for op in draft.each("slice"):
+        (weight,) = op.operands
+        dim = op.attributes["dim"]
+        if weight.role != "parameter" or op.attributes["start"] != 0 or op.attributes["stop"] != "s":
+            continue
+        if dim != weight.rank - 2 or any(weight.dims[:dim]):
+            continue
+        table = weight
+        if weight.rank > 2:
+            table = draft.add(
+                "reshape", [weight], weight.dims[-2:], module=op.module, before=op
+            ).result
+        positions = draft.add("positions", [], (("s",),), dtype="int64", before=draft.ops[0])
+        rows = draft.add(
+            "embedding", [table, positions.result], (("s",), weight.dims[-1]), dtype=weight.dtype,
+            module=op.module, before=op,
+        ).result  # fmt: skip
+        if rows.dims != op.result.dims:
+            rows = draft.add("reshape", [rows], op.result.dims, module=op.module, before=op).result
+        draft.redirect(op.result, rows)

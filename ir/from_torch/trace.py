@@ -1,0 +1,95 @@
+"""Tracing a module: copy → export → draft → lifting → segments → model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import InvalidInput
+from ..graph import Model
+from .assemble import Unlike, assemble
+from .buffers import real_buffers
+from .draft import Draft
+from .evaluate import Settings, settings
+from .export import Example, Exported, example_of, run_export
+from .inits import initialised, inits_of
+from .lift_attention import lift_attention
+from .lift_loss import lift_loss
+from .lift_pointwise import lift_activations, lift_rms_norm
+from .lift_rotary import lift_rotary
+from .normalise import check, normalise
+from .prefix import Run, find_runs, logical_names, on_meta
+from .statics import fold_statics
+from .views import simplify_views
+
+
+def trace(
+    module: nn.Module,
+    example_inputs: Mapping[str, Tensor] | Sequence[Tensor],
+    *,
+    loss: Callable[..., Any] | None = None,
+    name: str = "",
+) -> Model:
+    """Traces a module and its loss into a `Model`.
+
+    Arguments:
+        module: on meta or with real values; it is not changed. Its training mode is kept.
+        example_inputs: by name, or in forward's order. Their values do not matter, only rank, dtype
+            and which dims agree: dim 0 is the batch `b`; dim 1 of token ids [b, s] and of features
+            [b, s, h] is the sequence `s`. Inputs that forward does not take go to the loss.
+        loss: called with the module's output and the inputs that forward does not take, in order;
+            for a module that does not return the scalar itself (as it is, or as `.loss`).
+        name: what to call the model; its class by default.
+
+    Raises InvalidInput for a module that cannot be traced and UnsupportedOp for an operation
+    without a rule, each in one line that names the place.
+    """
+    example = example_of(module, example_inputs, loss)
+    name = name or type(module).__name__
+    runs = find_runs(module)
+    if any(run.kept < len(run.children) for run in runs):
+        try:
+            return _traced(module, example, loss, name, runs)
+        except (Unlike, InvalidInput):
+            pass  # layers that are not alike after all, or that are looked up by number
+    whole = [replace(run, kept=len(run.children)) for run in runs]
+    try:
+        return _traced(module, example, loss, name, whole)
+    except Unlike as error:
+        raise AssertionError(f"a full trace has nothing to compare: {error}") from error
+
+
+def _traced(
+    module: nn.Module,
+    example: Example,
+    loss: Callable[..., Any] | None,
+    name: str,
+    runs: Sequence[Run],
+) -> Model:
+    twin, originals = on_meta(module, runs)
+    recorded = initialised(twin)
+    names = logical_names(module, originals)
+    exported = run_export(twin, example, loss, real_buffers(module, twin))
+    frozen = frozenset(n for n, p in module.named_parameters() if not p.requires_grad)
+    draft = lifted(exported, {p: n for p, n in names.items()}, frozen)
+    present = {parameter: names[parameter] for parameter in twin.parameters()}
+    inits = inits_of(module, twin, present, recorded)
+    return assemble(draft, module, twin, runs, inits, name)
+
+
+def lifted(exported: Exported, names: Mapping[nn.Parameter, str], frozen: frozenset[str]) -> Draft:
+    """The draft in kinds of the op table only. Raises UnsupportedOp for what has none."""
+    draft, _ = normalise(exported, names, frozen)
+    make: Settings = settings(exported)
+    lift_loss(draft, make)
+    lift_attention(draft, make)
+    lift_rotary(draft, make)
+    lift_rms_norm(draft)
+    lift_activations(draft)
+    fold_statics(draft, make)
+    simplify_views(draft)
+    check(draft)
+    return draft

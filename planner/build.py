@@ -1,0 +1,129 @@
+"""From an outcome of the search to a `Plan`: types on every axis, stages, figures, runners-up."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from ..ir.graph import Model
+from ..ir.mesh import Mesh
+from ..ir.plan import (
+    Alternative,
+    Annotation,
+    Certificate,
+    Plan,
+    Predicted,
+    Recompute,
+    Stage,
+    Strategy,
+    data_parallel_types,
+)
+from ..ir.types import R
+from .inner import replicated, with_data_axis
+from .request import Request, repeated
+from .search import GIB, Found, Outcome
+
+
+def build_plan(request: Request, mesh: Mesh, found: Found) -> Plan:
+    """The plan of the best outcome; the others become its alternatives."""
+    best = found.outcomes[0]
+    model = request.model
+    return Plan(
+        model=model,
+        strategy=strategy_of(request, best),
+        mesh=mesh,
+        annotations=full_annotations(model, best.inner.annotations),
+        preamble=preamble_annotation(model, mesh),
+        stages=tuple(
+            Stage(first, last, modes)
+            for first, last, modes in zip(
+                best.cut.bounds, best.cut.bounds[1:], best.cut.modes, strict=False
+            )
+        ),
+        workload=request.workload.model_dump(),
+        cluster=describe(request),
+        predicted=predicted(request, best),
+        certificate=Certificate(
+            found.bound_seconds,
+            max(0.0, 1 - found.bound_seconds / best.seconds),
+            found.solved,
+            found.pruned,
+            found.infeasible,
+            found.seconds,
+            found.methods,
+        ),
+        alternatives=tuple(_alternative(request, best, other) for other in found.outcomes[1:]),
+    )
+
+
+def full_annotations(model: Model, tensor: Mapping[str, Annotation]) -> dict[str, Annotation]:
+    """Types on (dp, tensor axes) of every block, from those on the tensor axes."""
+    return {
+        block: with_data_axis(tensor[block], data_parallel_types(graph))
+        for block, graph in model.blocks.items()
+    }
+
+
+def preamble_annotation(model: Model, mesh: Mesh) -> Annotation:
+    """The preamble is computed whole on every tensor rank, for the rank's own sequences."""
+    axes = [axis.name for axis in mesh.axes if axis.parent == "tp"]
+    return with_data_axis(replicated(model.preamble, axes, R), data_parallel_types(model.preamble))
+
+
+def strategy_of(request: Request, outcome: Outcome) -> Strategy:
+    """The strategy in the names scripts rely on; `recompute` is the strongest mode in use."""
+    candidate = outcome.candidate
+    used: set[Recompute] = {mode for stage in outcome.cut.modes for mode in stage}
+    strongest: Recompute = (
+        "full" if "full" in used else "selective" if "selective" in used else "none"
+    )
+    layers = repeated(request.model)
+    inside = range(layers.first, layers.first + layers.count)
+    bounds = outcome.cut.bounds
+    return Strategy(
+        pp=candidate.pp,
+        dp=candidate.dp,
+        tp=candidate.tp,
+        zero=candidate.zero,
+        micro_batch=candidate.micro_batch,
+        recompute=strongest,
+        schedule="gpipe" if request.fix.schedule == "gpipe" else "1f1b",
+        layers=tuple(
+            sum(i in inside for i in range(first, last)) for first, last in pairwise(bounds)
+        ),
+    )
+
+
+def predicted(request: Request, outcome: Outcome) -> Predicted:
+    """The cost model's figures for an outcome."""
+    workload, cluster = request.workload, request.cluster
+    tokens = workload.global_batch * workload.seq_len
+    peak = cluster.device.peak(request.precision.compute_dtype)
+    mfu = request.flops_per_step() / (outcome.seconds * cluster.world_size * peak)
+    return Predicted(
+        outcome.seconds,
+        tokens / outcome.seconds,
+        mfu,
+        tuple(stage.total for stage in outcome.memory),
+        request.limit_bytes,
+        dict(outcome.time),
+        tuple(stage.to_json() for stage in outcome.memory),
+    )
+
+
+def describe(request: Request) -> dict[str, Any]:
+    """The cluster as the plan file keeps it."""
+    return dict(request.cluster.model_dump(mode="json"))
+
+
+def _alternative(request: Request, best: Outcome, other: Outcome) -> Alternative:
+    slower = other.seconds / best.seconds - 1
+    parts = Counter({key: other.time[key] - best.time[key] for key in best.time})
+    worst, lost = parts.most_common(1)[0]
+    reason = f"{slower:.1%} slower, most of it in {worst.replace('_', ' ')} (+{lost:.3g} s)"
+    fullest = max(stage.total for stage in other.memory)
+    if fullest < max(stage.total for stage in best.memory) * 0.9:
+        reason += f"; needs only {fullest / GIB:.0f} GiB"
+    return Alternative(strategy_of(request, other), other.seconds, fullest, reason)

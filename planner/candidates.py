@@ -1,0 +1,118 @@
+"""The configurations that the search looks at: degrees that multiply to the cluster and divide the
+batch, within the limits of the engine that will run them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..ir import InvalidInput
+from .request import Request, repeated
+
+MAX_MICRO_BATCH = 16
+"""Sequences per microbatch beyond which the search does not go unless told to: kernels have long
+reached their peak, and activations only grow."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Candidate:
+    """One configuration; how stages are cut and what is recomputed follows from it."""
+
+    pp: int
+    dp: int
+    tp: int
+    zero: int
+    micro_batch: int
+    microbatches: int
+
+    @property
+    def key(self) -> str:
+        return (
+            f"pp={self.pp} dp={self.dp} tp={self.tp} zero={self.zero} "
+            f"micro_batch={self.micro_batch}"
+        )
+
+
+def divisors(number: int) -> list[int]:
+    """Divisors in ascending order."""
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
+def candidates(request: Request) -> list[Candidate]:
+    """All configurations to consider, in a fixed order.
+
+    The pipelining engine runs 1F1B with at least as many microbatches as stages. Raises
+    InvalidInput, saying why, where there is none.
+    """
+    found = list(_enumerate(request))
+    if not found:
+        raise InvalidInput(_why_none(request))
+    return found
+
+
+def _enumerate(request: Request) -> Iterator[Candidate]:
+    fix, cluster = request.fix, request.cluster
+    world, batch = cluster.world_size, request.workload.global_batch
+    layers = repeated(request.model).count
+    widest = max(8, cluster.devices_per_node)
+    for pp in divisors(world):
+        if fix.pp not in (None, pp) or (fix.stages and len(fix.stages) != pp):
+            continue
+        if pp > layers and fix.pp is None:
+            continue
+        for tp in divisors(world // pp):
+            if fix.tp not in (None, tp) or (fix.tp is None and tp > widest):
+                continue
+            dp = world // pp // tp
+            if fix.dp not in (None, dp) or batch % dp:
+                continue
+            for micro in _micro_batches(request, batch // dp):
+                microbatches = batch // dp // micro
+                if microbatches < pp:
+                    continue
+                for zero in _zero_stages(request, dp):
+                    yield Candidate(pp, dp, tp, zero, micro, microbatches)
+
+
+def _micro_batches(request: Request, per_rank: int) -> list[int]:
+    fixed = request.fix.micro_batch
+    if fixed is not None:
+        return [fixed] if per_rank % fixed == 0 else []
+    return [d for d in divisors(per_rank) if d <= MAX_MICRO_BATCH]
+
+
+def _zero_stages(request: Request, dp: int) -> list[int]:
+    if request.fix.zero is not None:
+        return [request.fix.zero]
+    return [0] if dp == 1 else [0, 1, 2, 3]
+
+
+def _why_none(request: Request) -> str:
+    fix, world, batch = request.fix, request.cluster.world_size, request.workload.global_batch
+    fixed = f" with {fix}" if str(fix) != "nothing" else ""
+    layers = repeated(request.model).count
+    if fix.pp and fix.pp > layers + 2:
+        return f"--fix: pp={fix.pp} stages, but the model has only {layers} layers to share out"
+    tried = sorted(
+        {
+            world // pp // tp
+            for pp in divisors(world)
+            for tp in divisors(world // pp)
+            if fix.pp in (None, pp) and fix.tp in (None, tp) and fix.dp in (None, world // pp // tp)
+        }
+    )
+    if tried and all(batch % dp for dp in tried):
+        return (
+            f"global batch {batch} cannot be divided over {world} devices{fixed}: data-parallel "
+            f"degrees {tried[:8]} do not divide it; choose a multiple of {tried[0]}"
+        )
+    if fix.micro_batch:
+        return (
+            f"--fix: micro_batch={fix.micro_batch} does not divide what a data-parallel rank gets "
+            f"of global batch {batch}, or leaves fewer microbatches than pipeline stages"
+        )
+    return (
+        f"global batch {batch} leaves fewer microbatches than pipeline stages on {world} "
+        f"devices{fixed}: 1F1B needs at least pp microbatches; use a larger batch"
+    )

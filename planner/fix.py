@@ -1,0 +1,168 @@
+"""`--fix` and `--layout`: the parts of a strategy that the user decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from ..ir import InvalidInput
+from ..ir.plan import Strategy
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "schedule": ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"),
+    "recompute": ("none", "selective", "full"),
+    "attention": ("heads", "ulysses", "ring", "gather-kv", "tokenring"),
+}
+_DEGREES = ("pp", "vpp", "dp", "cp", "tp", "ep", "etp", "micro_batch", "zero_group")
+KEYS = (*_DEGREES, "sp", "zero", "stages", *_CHOICES)
+
+_ONLY: dict[str, tuple[object, str]] = {
+    "vpp": (1, "interleaved schedules"),
+    "cp": (1, "context parallelism"),
+    "ep": (1, "expert parallelism"),
+    "etp": (1, "expert parallelism"),
+    "attention": ("heads", "attention over a split sequence"),
+}
+"""Values these keys are limited to until the named feature is built."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fix:
+    """What is fixed; everything else is searched (None)."""
+
+    pp: int | None = None
+    dp: int | None = None
+    tp: int | None = None
+    zero: int | None = None
+    micro_batch: int | None = None
+    recompute: str | None = None
+    schedule: str | None = None
+    stages: tuple[int, ...] | None = None
+    sp: bool | None = None
+
+    @staticmethod
+    def parse(text: str | Mapping[str, Any] | None) -> Fix:
+        """Reads `tp=8,pp=4,stages=8-8-7-9` (or a mapping). Raises InvalidInput naming the key."""
+        if not text:
+            return Fix()
+        items: dict[str, Any] = {}
+        if isinstance(text, str):
+            for item in text.split(","):
+                key, equals, value = (part.strip() for part in item.partition("="))
+                if not equals or not value:
+                    raise InvalidInput(f"--fix: {item!r}, expected key=value such as tp=8")
+                if key in items:
+                    raise InvalidInput(f"--fix: {key} is given twice")
+                items[key] = value
+        else:
+            items = dict(text)
+        return Fix(**{key: value for key, value in _read(items).items() if key in _FIELDS})
+
+    def with_defaults(self) -> Fix:
+        """What `predict` and `verify` take for granted: 1 or the default where nothing is said."""
+        return Fix(
+            pp=self.pp or (len(self.stages) if self.stages else 1),
+            dp=self.dp or 1,
+            tp=self.tp or 1,
+            zero=self.zero or 0,
+            micro_batch=self.micro_batch,
+            recompute=self.recompute or "none",
+            schedule=self.schedule or "1f1b",
+            stages=self.stages,
+            sp=self.sp,
+        )
+
+    @property
+    def degrees(self) -> tuple[int, int, int]:
+        """(pp, dp, tp), 1 where nothing is fixed."""
+        return self.pp or 1, self.dp or 1, self.tp or 1
+
+    def allows(self, strategy: Strategy) -> bool:
+        """Whether a strategy agrees with what is fixed (stages and sp aside)."""
+        names = ("pp", "dp", "tp", "zero", "micro_batch", "recompute", "schedule")
+        return all(getattr(self, n) in (None, getattr(strategy, n)) for n in names)
+
+    def __str__(self) -> str:
+        shown = {f: getattr(self, f) for f in _FIELDS if getattr(self, f) is not None}
+        return ", ".join(f"{key}={value}" for key, value in shown.items()) or "nothing"
+
+
+_FIELDS = tuple(Fix.__dataclass_fields__)
+
+
+def _read(items: Mapping[str, Any]) -> dict[str, Any]:
+    readers: dict[str, Callable[[str, Any], Any]] = {
+        **dict.fromkeys(_DEGREES, _degree),
+        "zero": _zero,
+        "sp": _switch,
+        "stages": _stages,
+        **dict.fromkeys(_CHOICES, _choice),
+    }
+    found: dict[str, Any] = {}
+    for key, value in items.items():
+        if key not in readers:
+            near = get_close_matches(key, KEYS, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise InvalidInput(f"--fix: unknown key {key!r}{hint}; known: {', '.join(KEYS)}")
+        found[key] = readers[key](key, value)
+        if key in _ONLY and found[key] != _ONLY[key][0]:
+            raise InvalidInput(
+                f"--fix: {key}={value}: {_ONLY[key][1]} cannot be planned yet, "
+                f"expected {key}={_ONLY[key][0]}"
+            )
+    if found.get("schedule") not in (None, "1f1b", "gpipe"):
+        raise InvalidInput(
+            f"--fix: schedule={found['schedule']} cannot be planned yet, expected 1f1b or gpipe"
+        )
+    if "zero_group" in found:
+        raise InvalidInput("--fix: zero_group cannot be planned yet, expected all ranks of dp")
+    stages, pp = found.get("stages"), found.get("pp")
+    if stages and pp and len(stages) != pp:
+        raise InvalidInput(f"--fix: stages={value_of(stages)} has {len(stages)} stages, pp={pp}")
+    return found
+
+
+def value_of(stages: tuple[int, ...]) -> str:
+    """`8-8-7-9`."""
+    return "-".join(map(str, stages))
+
+
+def _degree(key: str, value: Any) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = 0
+    if number < 1 or str(number) != str(value):
+        raise InvalidInput(f"--fix: {key}={value}, expected a whole number of at least 1")
+    return number
+
+
+def _zero(key: str, value: Any) -> int:
+    if str(value) not in ("0", "1", "2", "3"):
+        raise InvalidInput(f"--fix: {key}={value}, expected 0, 1, 2 or 3")
+    return int(value)
+
+
+def _switch(key: str, value: Any) -> bool:
+    if str(value) not in ("0", "1", "True", "False"):
+        raise InvalidInput(f"--fix: {key}={value}, expected 0 or 1")
+    return str(value) in ("1", "True")
+
+
+def _stages(key: str, value: Any) -> tuple[int, ...]:
+    parts = value.split("-") if isinstance(value, str) else list(value)
+    try:
+        counts = tuple(int(part) for part in parts)
+    except ValueError:
+        counts = (-1,)
+    if not counts or min(counts) < 0:
+        raise InvalidInput(f"--fix: {key}={value}, expected layers per stage such as 8-8-7-9")
+    return counts
+
+
+def _choice(key: str, value: Any) -> str:
+    if value not in _CHOICES[key]:
+        raise InvalidInput(f"--fix: {key}={value}, expected one of {', '.join(_CHOICES[key])}")
+    return str(value)

@@ -1,0 +1,204 @@
+"""A plan in words and tables: what `print(plan)` and `shardwright explain` show."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from ..ir.conversion import LOCAL, steps
+from ..ir.graph import Graph
+from ..ir.plan import Annotation, Plan
+from ..ir.types import I, NdType, S
+
+GIB = 2**30
+
+
+def render(*parts: Table | str, width: int = 100) -> str:
+    """Tables and lines as plain text."""
+    out = io.StringIO()
+    console = Console(file=out, width=width, no_color=True, highlight=False, markup=False)
+    for part in parts:
+        console.print(part)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f} s" if value >= 1 else f"{value * 1e3:.4g} ms"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="", header_style="", box=None)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    return table
+
+
+def summary(plan: Plan) -> str:
+    """The plan on one screen: strategy, predicted figures, stages, layout of the parameters."""
+    work, cluster, predicted = plan.workload, plan.cluster, plan.predicted
+    head = (
+        f"{plan.model.name}: {plan.model.elements / 1e9:.3g} B parameters on {cluster['nodes']} x "
+        f"{cluster['devices_per_node']} {cluster['device']['name']}, global batch "
+        f"{work['global_batch']} x {work['seq_len']} tokens, {work['precision']}"
+    )
+    strategy = plan.strategy
+    lines = [
+        head,
+        f"  {strategy}, {plan.microbatches} microbatches, {strategy.schedule}",
+        f"  step {_seconds(predicted.step_seconds)}   {predicted.tokens_per_second:,.0f} tokens/s"
+        f"   MFU {predicted.mfu:.1%}",
+        f"  lower bound {_seconds(plan.certificate.lower_bound_seconds)}, gap "
+        f"{plan.certificate.gap:.1%}: {plan.certificate.solved} configurations solved, "
+        f"{plan.certificate.pruned} pruned, {plan.certificate.infeasible} infeasible, "
+        f"{plan.certificate.seconds:.1f} CPU s",
+        "",
+    ]
+    return render("\n".join(lines), _stages(plan), "", _parameters(plan))
+
+
+def _stages(plan: Plan) -> Table:
+    table = _table(
+        "Stages", "stage", "layers", "recompute", "weights", "grads", "optimizer", "activations",
+        "workspace", "total GiB",
+    )  # fmt: skip
+    for i, stage in enumerate(plan.stages):
+        kinds = plan.predicted.memory[i] if i < len(plan.predicted.memory) else {}
+        cells = [
+            f"{kinds.get(kind, 0) / GIB:.1f}"
+            for kind in ("weights", "gradients", "optimizer", "activations", "workspace")
+        ]
+        total = plan.predicted.memory_bytes[i]
+        table.add_row(
+            str(i), _range(plan, i), _modes(stage.recompute), *cells,
+            f"{total / GIB:.1f} of {plan.predicted.memory_limit_bytes / GIB:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def _range(plan: Plan, index: int) -> str:
+    stage = plan.stages[index]
+    names = [s.module or s.block for s in plan.model.segments[stage.first : stage.last]]
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+
+
+def _modes(modes: Iterable[str]) -> str:
+    counts: dict[str, int] = {}
+    for mode in modes:
+        if mode != "none":
+            counts[mode] = counts.get(mode, 0) + 1
+    return ", ".join(f"{count} {mode}" for mode, count in counts.items()) or "none"
+
+
+def _parameters(plan: Plan) -> Table:
+    table = _table("Parameters by block", "parameter", "shape", *plan.tensor_axes)
+    for block, graph in plan.model.blocks.items():
+        annotation = plan.annotations[block]
+        count = sum(s.block == block for s in plan.model.segments)
+        table.add_row(f"{block}" + (f" x {count}" if count > 1 else ""))
+        for name, kind in zip(graph.parameters, annotation.parameters, strict=True):
+            shape = "x".join(map(str, graph.values[name].shape({})))
+            table.add_row(f"  {name}", shape, *(str(kind[axis]) for axis in plan.tensor_axes))
+    return table
+
+
+def explain(plan: Plan) -> str:
+    """Where the time and the memory go, what binds, and what the runners-up lose on."""
+    predicted = plan.predicted
+    times = _table("Time of a step", "part", "seconds", "share")
+    for part, seconds in predicted.time.items():
+        share = seconds / predicted.step_seconds
+        times.add_row(part.replace("_", " "), f"{seconds:.4g}", f"{share:.1%}")
+    times.add_row("step", f"{predicted.step_seconds:.4g}", "")
+    fullest = max(range(len(plan.stages)), key=lambda i: predicted.memory_bytes[i])
+    used = predicted.memory_bytes[fullest] / predicted.memory_limit_bytes
+    binds = [f"What binds: stage {fullest} uses {used:.0%} of the memory"]
+    if any(mode != "none" for stage in plan.stages for mode in stage.recompute):
+        binds.append("memory: some layers are recomputed to fit")
+    bubble = predicted.time.get("pipeline_fill_and_drain", 0.0) / predicted.step_seconds
+    if bubble > 0.05:
+        binds.append(f"the batch: {plan.microbatches} microbatches leave a bubble of {bubble:.0%}")
+    others = _table("Runners-up", "strategy", "step s", "GiB", "loses")
+    for other in plan.alternatives:
+        shown = "-" if other.step_seconds is None else f"{other.step_seconds:.4g}"
+        gib = f"{other.memory_bytes / GIB:.1f}"
+        others.add_row(str(other.strategy), shown, gib, other.reason)
+    relaxation = ", ".join(f"{n} {how}" for how, n in plan.certificate.relaxation.items())
+    return render(
+        summary(plan), "", times, "", "; ".join(binds), "", _conversions(plan), "",
+        f"Sharding programs solved: {relaxation or 'none'}", "", others, width=120,
+    )  # fmt: skip
+
+
+def _conversions(plan: Plan) -> Table:
+    table = _table(
+        "Collectives per microbatch and block", "block", "value", "conversion", "forward",
+        "backward",
+    )  # fmt: skip
+    for block, graph in plan.model.blocks.items():
+        for value, source, target in conversions(graph, plan.annotations[block]):
+            for step in steps(source, target):
+                axis = plan.mesh[step.axis]
+                if axis.size > 1 and not (step.forward in LOCAL and step.backward in LOCAL):
+                    table.add_row(block, value, str(step), step.forward, step.backward)
+    return table
+
+
+def conversions(graph: Graph, annotation: Annotation) -> list[tuple[str, NdType, NdType]]:
+    """(value, from, to) for every conversion a block carries out."""
+    made = annotation.produced(graph)
+    return [
+        (name, made[name], kind)
+        for name, kinds in annotation.needed(graph).items()
+        if graph.values[name].grad
+        for kind in kinds
+        if kind != made[name]
+    ]
+
+
+def stored(plan: Plan, kind: NdType) -> NdType:
+    """How a parameter is stored: as forward reads it along tensor axes; along dp split under ZeRO
+    3 and whole, with its gradient summed, otherwise."""
+    return kind.replace("dp", S(0) if plan.strategy.zero == 3 else I)
+
+
+def to_json(plan: Plan) -> dict[str, object]:
+    """The fields of `plan --json` that scripts rely on."""
+    certificate, predicted = plan.certificate, plan.predicted
+    stages, types = plan.parameter_stages(), plan.parameter_types()
+    return {
+        "model": plan.model.name,
+        "strategy": plan.strategy.to_json(),
+        "predicted": {
+            "step_seconds": predicted.step_seconds,
+            "tokens_per_second": predicted.tokens_per_second,
+            "mfu": predicted.mfu,
+            "memory_bytes": list(predicted.memory_bytes),
+            "memory_limit_bytes": predicted.memory_limit_bytes,
+            "time": dict(predicted.time),
+        },
+        "certificate": {
+            "lower_bound_seconds": certificate.lower_bound_seconds,
+            "gap": certificate.gap,
+            "solved": certificate.solved,
+            "pruned": certificate.pruned,
+            "infeasible": certificate.infeasible,
+            "seconds": certificate.seconds,
+            "relaxation": dict(certificate.relaxation),
+        },
+        "parameters": {
+            name: {"stages": stages[name], "sbp": stored(plan, kind).to_json()}
+            for name, kind in types.items()
+        },
+        "alternatives": [
+            {
+                "strategy": other.strategy.to_json(),
+                "step_seconds": other.step_seconds,
+                "memory_bytes": other.memory_bytes,
+                "reason": other.reason,
+            }
+            for other in plan.alternatives
+        ],
+    }

@@ -1,0 +1,177 @@
+"""What is to be planned, checked: model, cluster, workload, what is fixed, and the pins."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..costmodel.cluster import Cluster
+from ..costmodel.compute import op_flops
+from ..costmodel.precision import Precision
+from ..costmodel.shards import local_sizes
+from ..ir import InvalidInput
+from ..ir.graph import Graph, Model
+from ..ir.plan import data_parallel_types
+from ..ir.types import AxisType
+from ..ir.workload import Workload
+from .fix import Fix
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A planning problem."""
+
+    model: Model
+    cluster: Cluster
+    workload: Workload
+    fix: Fix
+
+    @property
+    def precision(self) -> Precision:
+        return Precision.preset(self.workload.precision)
+
+    @property
+    def limit_bytes(self) -> int:
+        """Bytes of a device that a plan may use."""
+        return int(self.cluster.device.memory_limit_bytes)
+
+    def flops_per_step(self) -> float:
+        """Model FLOPs of a step, forward and backward, without recomputation."""
+        binding = {"b": 1, "s": self.workload.seq_len}
+        forward = 0.0
+        for block, count in Counter(s.block for s in self.model.segments).items():
+            for op in self.model.blocks[block].ops:
+                forward += count * op_flops(op, local_sizes(op, binding))
+        return 3.0 * forward * self.workload.global_batch
+
+    def check(self) -> None:
+        """Raises InvalidInput where data parallelism is asked for and the model mixes sequences,
+        or a fixed degree does not fit the cluster."""
+        for graph in self.model.blocks.values():
+            data_parallel_types(graph)
+        fix, world = self.fix, self.cluster.world_size
+        product = (fix.pp or 1) * (fix.dp or 1) * (fix.tp or 1)
+        if world % product or (fix.pp and fix.dp and fix.tp and product != world):
+            raise InvalidInput(
+                f"--fix: pp*dp*tp = {product} does not make up the cluster's {world} devices "
+                f"({fix})"
+            )
+        if fix.stages is not None:
+            pins = repeated(self.model)
+            if sum(fix.stages) != pins.count:
+                raise InvalidInput(
+                    f"--fix: stages={'-'.join(map(str, fix.stages))} adds up to "
+                    f"{sum(fix.stages)} layers, the model has {pins.count}"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """The segments that count as layers: `first … first + count - 1`."""
+
+    first: int
+    count: int
+
+
+def repeated(model: Model) -> Layers:
+    """The stretch of segments whose blocks occur more than once (all segments if none does)."""
+    counts: dict[str, int] = {}
+    for segment in model.segments:
+        counts[segment.block] = counts.get(segment.block, 0) + 1
+    many = [i for i, s in enumerate(model.segments) if counts[s.block] > 1]
+    if not many:
+        return Layers(0, len(model.segments))
+    return Layers(many[0], many[-1] - many[0] + 1)
+
+
+def bounds_of(model: Model, layers_per_stage: tuple[int, ...]) -> tuple[int, ...]:
+    """Segment bounds of stages that hold so many layers each; what comes before the layers goes to
+    the first stage, what comes after to the last."""
+    layers = repeated(model)
+    bounds = [0]
+    position = layers.first
+    for count in layers_per_stage:
+        position += count
+        bounds.append(position)
+    bounds[-1] = len(model.segments)
+    return tuple(bounds)
+
+
+def pinned_types(model: Model) -> dict[tuple[str, str], Mapping[str, AxisType]]:
+    """Pins on parameters and activations, by (block, value).
+
+    Raises InvalidInput for a pin on something that the model does not have.
+    """
+    found: dict[tuple[str, str], Mapping[str, AxisType]] = {}
+    for pin in model.pins:
+        if pin.target == "stage":
+            continue
+        types = {axis: AxisType.parse(text) for axis, text in pin.types.items()}
+        if pin.target == "activation":
+            block, _, value = pin.name.partition(":")
+            if block not in model.blocks or value not in model.blocks[block].values:
+                raise InvalidInput(f"pin on {pin.name}: the model has no such activation")
+            _check_pin(pin.name, model.blocks[block], value, types)
+            found[block, value] = types
+            continue
+        places = [
+            (segment.block, inner)
+            for segment in model.segments
+            for outer, inner in zip(
+                segment.parameters, model.blocks[segment.block].parameters, strict=True
+            )
+            if outer == pin.name
+        ]
+        if not places:
+            raise InvalidInput(f"pin on {pin.name}: the model has no such parameter")
+        for block, inner in places:
+            _check_pin(pin.name, model.blocks[block], inner, types)
+            if found.get((block, inner), types) != types:
+                raise InvalidInput(
+                    f"pin on {pin.name}: {types} contradicts {dict(found[block, inner])} on the "
+                    "same parameter of another layer; layers of one kind are planned alike"
+                )
+            found[block, inner] = types
+    return found
+
+
+def _check_pin(name: str, graph: Graph, value: str, types: Mapping[str, AxisType]) -> None:
+    dims = graph.values[value].dims
+    for axis, kind in types.items():
+        if axis not in ("tp", "dp"):
+            raise InvalidInput(f"pin on {name}: unknown axis {axis!r}, expected tp")
+        if axis == "dp":
+            raise InvalidInput(
+                f"pin on {name}: dp={kind}: data parallelism splits the batch and ZeRO the state; "
+                "pin tp, or fix zero"
+            )
+        if kind.is_split and (kind.dim >= len(dims) or kind.part >= max(1, len(dims[kind.dim]))):
+            raise InvalidInput(f"pin on {name}: {axis}={kind}, but it has {len(dims)} dims {dims}")
+
+
+def pinned_stages(model: Model) -> list[int | None]:
+    """For every segment the stage it is pinned to, or None.
+
+    Raises InvalidInput for a module path that holds no segment.
+    """
+    stage_of: list[int | None] = [None] * len(model.segments)
+    for pin in model.pins:
+        if pin.target != "stage":
+            continue
+        hit = [
+            i
+            for i, segment in enumerate(model.segments)
+            if (segment.module and f"{segment.module}.".startswith(f"{pin.name}."))
+            or any(p.startswith(f"{pin.name}.") for p in segment.parameters)
+        ]
+        if not hit:
+            raise InvalidInput(f"pin {pin.name}: stage={pin.stage}: no such module in the model")
+        for i in hit:
+            if stage_of[i] not in (None, pin.stage):
+                raise InvalidInput(
+                    f"pin {pin.name}: stage={pin.stage} contradicts stage={stage_of[i]} of the "
+                    "same layer"
+                )
+            stage_of[i] = pin.stage
+    return stage_of

@@ -1,0 +1,403 @@
+"""The search over configurations: best first, with an admissible bound per candidate.
+
+For a microbatch that takes `T` in all on its way through the model and `m` microbatches, no cut
+into `p` stages runs a step in less than `T / (1 - (1 - 1/m)^p)`: the design's bound
+`max_s [m·T_s + Σ_{i<s} T_i]` is least where all its terms are equal, and that is their value. `T`
+is the optimum of the SBP program for time alone, so a candidate whose bound is above the best plan
+found is never solved.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import numpy as np
+
+from ..costmodel.cluster import Cluster
+from ..costmodel.collectives import Group, collective_seconds
+from ..costmodel.memory import StageBytes, StateBytes, gather_bytes, stage_bytes, state_bytes
+from ..costmodel.steptime import (
+    data_parallel_sync,
+    optimizer_step_seconds,
+    pipeline_estimate_seconds,
+)
+from ..ir import Infeasible, InvalidInput
+from ..ir.mesh import Mesh
+from ..ir.plan import Recompute
+from .candidates import Candidate, candidates
+from .inner import MODES, Inner, solve_inner, sub_axes
+from .linear_program import Solver
+from .request import Request, bounds_of, pinned_stages, pinned_types, repeated
+from .sbp_program import Chain
+from .stages import Array, Cut, SegmentTable, Shortfall, cut_stages
+
+GIB = 2**30
+TIE = 1e-3
+"""Plans this close are equally fast. Of these the lowest ZeRO stage is taken that leaves a tenth of
+the memory free: communication that is hidden on paper is not always hidden."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A solved candidate: stages, step time with its parts in seconds, memory per stage."""
+
+    candidate: Candidate
+    inner: Inner
+    cut: Cut
+    seconds: float
+    time: dict[str, float]
+    memory: tuple[StageBytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search returns: outcomes from the best on, and what was done to get there.
+
+    `bound_seconds` is below every configuration of the space, whether solved or not.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    bound_seconds: float
+    solved: int
+    pruned: int
+    infeasible: int
+    seconds: float
+    methods: dict[str, int]
+
+
+@dataclass(slots=True)
+class Search:
+    """One run of the search; keeps what candidates share."""
+
+    request: Request
+    solver: Solver = "highs"
+    chain: Chain = field(init=False)
+    stage_of: list[int | None] = field(init=False)
+    layer: list[bool] = field(init=False)
+    modes: tuple[Recompute, ...] = field(init=False)
+    flops_per_step: float = field(init=False)
+    _inner: dict[tuple[int, int], Inner | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        model = self.request.model
+        self.request.check()
+        self.chain = Chain.of(model, pinned_types(model))
+        self.stage_of = pinned_stages(model)
+        layers = repeated(model)
+        inside = range(layers.first, layers.first + layers.count)
+        self.layer = [i in inside for i in range(len(model.segments))]
+        self.flops_per_step = self.request.flops_per_step()
+        fixed = self.request.fix.recompute
+        self.modes = tuple(mode for mode in MODES if fixed in (None, mode))
+
+    def run(self, top: int = 5, progress: Callable[[str], None] | None = None) -> Found:
+        """The `top` best configurations.
+
+        Raises Infeasible, saying what is short and what would fit, where no configuration fits
+        the memory.
+        """
+        began = time.process_time()
+        pending = [(self._first_bound(c), False, c) for c in candidates(self.request)]
+        heapq.heapify(pending)
+        total = len(pending)
+        done: list[Outcome] = []
+        short: list[tuple[float, Candidate]] = []
+        bounds: list[float] = []
+        useless = 0
+        while pending:
+            bound, refined, candidate = heapq.heappop(pending)
+            if len(done) >= top and bound >= sorted(o.seconds for o in done)[top - 1]:
+                bounds.append(bound)  # all that is left is no better than this
+                break
+            if not refined:
+                inner = self.inner(candidate)
+                if inner is None:
+                    useless += 1
+                    continue
+                heapq.heappush(
+                    pending, (max(bound, self._bound(candidate, inner)), True, candidate)
+                )
+                continue
+            bounds.append(bound)
+            if progress is not None:
+                progress(f"{candidate.key}: {len(done)} solved, {len(pending)} to go")
+            outcome = self.solve(candidate)
+            if isinstance(outcome, Outcome):
+                done.append(outcome)
+            else:
+                short.append((outcome.needed_bytes, candidate))
+        if not done:
+            if not short:
+                raise InvalidInput(self._useless())
+            raise Infeasible(self._shortage(*min(short)))
+        done.sort(key=lambda o: (o.seconds, o.candidate))
+        tied = [o for o in done if o.seconds <= done[0].seconds * (1 + TIE)]
+        chosen = min(tied, key=self._preference)
+        done.remove(chosen)
+        done.insert(0, chosen)
+        methods = Counter(i.method for i in self._inner.values() if i is not None)
+        return Found(
+            tuple(done[:top]),
+            min(bounds),
+            len(done),
+            total - len(done) - len(short) - useless,
+            len(short) + useless,
+            time.process_time() - began,
+            dict(methods),
+        )
+
+    def _preference(self, outcome: Outcome) -> tuple[bool, int, int]:
+        fullest = max(stage.total for stage in outcome.memory)
+        return fullest > 0.9 * self.request.limit_bytes, outcome.candidate.zero, fullest
+
+    # --- bounds ----------------------------------------------------------------------------------
+
+    def _first_bound(self, candidate: Candidate) -> float:
+        """Before anything is solved: all FLOPs at the device's peak, and the bubble."""
+        device = self.request.cluster.device
+        peak = device.peak(self.request.precision.compute_dtype)
+        step = self.flops_per_step / (self.request.cluster.world_size * peak)
+        through = step * candidate.pp / candidate.microbatches
+        return _step_bound(through, candidate)
+
+    def _bound(self, candidate: Candidate, inner: Inner) -> float:
+        return _step_bound(inner.bound_seconds, candidate)
+
+    # --- one candidate ---------------------------------------------------------------------------
+
+    def mesh(self, candidate: Candidate) -> Mesh:
+        """pp, dp and tp with its sub-axes, outermost first."""
+        mesh = Mesh.of(pp=candidate.pp, dp=candidate.dp, tp=candidate.tp)
+        return mesh.factored("tp", sub_axes(self.request.model, candidate.tp))
+
+    def inner(self, candidate: Candidate) -> Inner | None:
+        """The inside of blocks for a candidate's tp and micro-batch, solved once; None where tp
+        would split nothing."""
+        key = (candidate.tp, candidate.micro_batch)
+        if key not in self._inner:
+            inner = self._solved(candidate)
+            if candidate.tp > 1 and not _splits(inner) and self.request.fix.tp == candidate.tp:
+                # The model is so small that splitting does not pay, but it was asked for.
+                local = _resized(Cluster.preset("local"), self.request.cluster.world_size)
+                inner = self._solved(candidate, local)
+            self._inner[key] = inner if candidate.tp == 1 or _splits(inner) else None
+        return self._inner[key]
+
+    def _solved(self, candidate: Candidate, decided_on: Cluster | None = None) -> Inner:
+        return solve_inner(
+            self.request.model,
+            self.chain,
+            self.request.cluster,
+            self.mesh(candidate),
+            {"b": candidate.micro_batch, "s": self.request.workload.seq_len},
+            self.request.precision,
+            tuple(dict.fromkeys(("none", *self.modes))),
+            self.solver,
+            decided_on,
+        )
+
+    def solve(self, candidate: Candidate) -> Outcome | Shortfall:
+        """Cuts the stages of a candidate and prices the step."""
+        request, inner = self.request, self.inner(candidate)
+        assert inner is not None
+        table = self._table(candidate, inner)
+        sync = self._sync_per_microbatch(candidate, inner)
+        gpipe = request.fix.schedule == "gpipe"
+        m, pp = candidate.microbatches, candidate.pp
+        in_flight = [m if gpipe else min(m, pp - s) for s in range(pp)]
+        stages = request.fix.stages
+        cut = cut_stages(
+            table, in_flight, m, request.limit_bytes, self.stage_of, sync,
+            bounds_of(request.model, stages) if stages else None,
+        )  # fmt: skip
+        if isinstance(cut, Shortfall):
+            return cut
+        return self._priced(candidate, inner, cut, in_flight)
+
+    def _table(self, candidate: Candidate, inner: Inner) -> SegmentTable:
+        request, model = self.request, self.request.model
+        seconds, kept, workspace = [], [], []
+        for mode in self.modes:
+            costs = [
+                inner.costs[s.block, mode if self.layer[i] else "none"]
+                for i, s in enumerate(model.segments)
+            ]
+            seconds.append([c.seconds for c in costs])
+            kept.append([float(c.memory.kept) for c in costs])
+            workspace.append([float(c.memory.workspace) for c in costs])
+        gather = [
+            gather_bytes(sum(inner.local_parameters[s.block]), request.precision,
+                         candidate.zero, candidate.dp)
+            for s in model.segments
+        ]  # fmt: skip
+        fixed = [
+            float(self._state(candidate, inner.local_parameters[s.block]).total)
+            for s in model.segments
+        ]
+        shared = []
+        for name, uses in model.uses().items():
+            for first, last in pairwise(uses):
+                segment = model.segments[first]
+                elements = inner.local_parameters[segment.block][segment.parameters.index(name)]
+                shared.append((first, last, float(self._state(candidate, (elements,)).total)))
+        return SegmentTable(
+            self.modes, np.array(seconds), np.array(kept),
+            np.array(workspace) + np.array(gather, dtype=np.float64), np.array(fixed),
+            tuple(shared),
+        )  # fmt: skip
+
+    def _state(self, candidate: Candidate, parameters: tuple[int, ...]) -> StateBytes:
+        return state_bytes(sum(parameters), self.request.precision, candidate.zero, candidate.dp)
+
+    def _sync_per_microbatch(self, candidate: Candidate, inner: Inner) -> Array:
+        group = Group(candidate.dp, candidate.tp)
+        return np.array(
+            [
+                data_parallel_sync(
+                    self.request.cluster, group, sum(inner.local_parameters[s.block]),
+                    self.request.precision, candidate.zero,
+                ).per_microbatch_s
+                for s in self.request.model.segments
+            ]
+        )  # fmt: skip
+
+    def _priced(
+        self, candidate: Candidate, inner: Inner, cut: Cut, in_flight: list[int]
+    ) -> Outcome:
+        request, model = self.request, self.request.model
+        cluster, precision = request.cluster, request.precision
+        pipe = Group(candidate.pp, candidate.dp * candidate.tp)
+        transfers = [
+            collective_seconds(
+                cluster, "send", inner.carried_bytes[model.segments[bound - 1].block], pipe
+            )
+            for bound in cut.bounds[1:-1]
+        ]
+        pipeline = pipeline_estimate_seconds(cut.seconds, transfers, candidate.microbatches)
+        data = Group(candidate.dp, candidate.tp)
+        exposed = optimizer = 0.0
+        memory = []
+        for s, (first, last) in enumerate(pairwise(cut.bounds)):
+            names: dict[str, int] = {}
+            for segment in model.segments[first:last]:
+                sizes = inner.local_parameters[segment.block]
+                names |= dict(zip(segment.parameters, sizes, strict=True))
+            elements = sum(names.values())
+            sync = data_parallel_sync(cluster, data, elements, precision, candidate.zero)
+            # hidden behind one microbatch: reduction behind its backward, gathering behind forward
+            exposed = max(exposed, sync.per_step_s - cut.seconds[s])
+            share = candidate.dp if candidate.zero >= 1 else 1
+            optimizer = max(
+                optimizer, optimizer_step_seconds(cluster.device, elements / share, precision)
+            )
+            blocks = [
+                inner.costs[segment.block, mode].memory
+                for segment, mode in zip(model.segments[first:last], cut.modes[s], strict=True)
+            ]
+            state = self._state(candidate, tuple(names.values()))
+            largest = max(sum(inner.local_parameters[x.block]) for x in model.segments[first:last])
+            gather = gather_bytes(largest, precision, candidate.zero, candidate.dp)
+            memory.append(stage_bytes(state, blocks, in_flight[s], gather))
+        exposed = max(0.0, exposed)
+        busiest = candidate.microbatches * max(cut.seconds)
+        parts = {
+            "compute_and_tensor_parallel": busiest,
+            "pipeline_fill_and_drain": pipeline - busiest,
+            "gradient_synchronisation": exposed,
+            "optimizer": optimizer,
+        }
+        return Outcome(candidate, inner, cut, pipeline + exposed + optimizer, parts, tuple(memory))
+
+    # --- messages --------------------------------------------------------------------------------
+
+    def _useless(self) -> str:
+        return (
+            f"--fix: tp={self.request.fix.tp}: no operation of the model can be split over "
+            f"{self.request.fix.tp} devices (heads, hidden sizes and sequence length "
+            f"{self.request.workload.seq_len} do not divide by it)"
+        )
+
+    def _shortage(self, needed: float, candidate: Candidate) -> str:
+        limit, cluster = self.request.limit_bytes, self.request.cluster
+        text = (
+            f"no plan fits: the thriftiest configuration ({candidate.key}) needs "
+            f"{needed / GIB:.1f} GiB per device, {cluster.device.name} has {limit / GIB:.1f} GiB "
+            f"usable: {(needed - limit) / GIB:.1f} GiB short"
+        )
+        smallest = self._smallest_cluster()
+        if smallest is None:
+            return f"{text}; no larger cluster of this kind would fit it either"
+        return f"{text}; the smallest cluster that fits is {smallest} nodes of " + (
+            f"{cluster.devices_per_node} devices"
+        )
+
+    def _smallest_cluster(self, most: int = 4096) -> int | None:
+        """Nodes of the smallest cluster on which some configuration fits, by doubling and then
+        halving the interval."""
+        free = replace(self.request.fix, pp=None, dp=None, stages=None)
+        nodes = self.request.cluster.nodes
+
+        def fits(count: int) -> bool:
+            cluster = _resized(self.request.cluster, count)
+            other = Search(replace(self.request, cluster=cluster, fix=free), self.solver)
+            other._inner = self._inner  # the same blocks on the same devices
+            try:
+                options = candidates(other.request)
+            except InvalidInput:
+                return False
+            thrifty = [c for c in options if c.zero in (0 if c.dp == 1 else 3, free.zero)]
+            smallest = min((c.micro_batch for c in thrifty), default=0)
+            thrifty = [c for c in thrifty if c.micro_batch == smallest]
+            return any(
+                other.inner(c) is not None and isinstance(other.solve(c), Outcome) for c in thrifty
+            )
+
+        high = nodes
+        while high < most:
+            high *= 2
+            if fits(high):
+                break
+        else:
+            return None
+        low = high // 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            if fits(middle):
+                high = middle
+            else:
+                low = middle
+        return high
+
+
+def _resized(cluster: Cluster, nodes: int) -> Cluster:
+    """A cluster of the same kind with another number of nodes."""
+    outermost = cluster.levels[-1].model_copy(
+        update={"span_devices": nodes * cluster.devices_per_node}
+    )
+    levels = [*cluster.levels[:-1], outermost]
+    return cluster.model_copy(update={"nodes": nodes, "levels": type(cluster.levels)(levels)})
+
+
+def _step_bound(through_seconds: float, candidate: Candidate) -> float:
+    """The least a step takes whose microbatches take `through_seconds` for the whole model."""
+    m = candidate.microbatches
+    return float(through_seconds / -np.expm1(candidate.pp * np.log1p(-1 / m)) if m > 1
+                 else through_seconds)  # fmt: skip
+
+
+def _splits(inner: Inner) -> bool:
+    """Whether every tensor axis splits some op."""
+    return all(
+        any(
+            kind[axis.name].is_split
+            for types in inner.annotations.values()
+            for op in types.ops.values()
+            for kind in op.results
+        )
+        for axis in inner.axes
+    )

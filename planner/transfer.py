@@ -1,0 +1,130 @@
+"""The same plan at another size: types carried over op by op to a model of the same structure.
+
+`verify` runs plans scaled down: fewer layers, smaller dims, axes of size 2. What is to be checked
+is the program that was planned, so its types are kept, not planned again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..ir import InvalidInput
+from ..ir.graph import Binding, Graph, Model, bind
+from ..ir.mesh import Axis, Mesh
+from ..ir.plan import Annotation, Plan, Recompute, Stage
+from .build import full_annotations, preamble_annotation
+from .request import repeated
+
+
+def scaled_plan(
+    plan: Plan, model: Model, sizes: Mapping[str, int], global_batch: int, seq_len: int
+) -> Plan:
+    """`plan` for `model`, whose blocks have the same ops, on axes of the given sizes.
+
+    `sizes` maps `pp`, `dp` and tensor axes to their new sizes (1 stays 1). Stages keep their
+    recompute modes in turn. Raises InvalidInput where the model differs in structure or a split
+    does not divide the smaller sizes.
+    """
+    mesh = Mesh(tuple(Axis(a.name, sizes.get(a.name, a.size), a.parent) for a in plan.mesh.axes))
+    binding = {"b": plan.strategy.micro_batch, "s": seq_len}
+    tensor: dict[str, Annotation] = {}
+    for block, graph in model.blocks.items():
+        if block not in plan.model.blocks:
+            raise InvalidInput(f"block {block}: the plan has {', '.join(plan.model.blocks)}")
+        _same_structure(block, plan.model.blocks[block], graph)
+        tensor[block] = plan.annotations[block]
+        _check_division(block, graph, tensor[block], mesh, binding)
+    pp = mesh["pp"].size
+    strategy = replace(
+        plan.strategy,
+        pp=pp,
+        dp=mesh["dp"].size,
+        tp=mesh.size // (pp * mesh["dp"].size),
+        micro_batch=binding["b"],
+    )
+    stages = _stages(plan, model, pp)
+    layers = repeated(model)
+    inside = range(layers.first, layers.first + layers.count)
+    counts = tuple(sum(i in inside for i in range(s.first, s.last)) for s in stages)
+    workload: dict[str, Any] = {
+        **plan.workload, "global_batch": global_batch, "seq_len": seq_len,
+    }  # fmt: skip
+    return replace(
+        plan,
+        model=model,
+        strategy=replace(strategy, layers=counts),
+        mesh=mesh,
+        annotations=_renamed(plan, model, tensor),
+        preamble=preamble_annotation(model, mesh),
+        stages=stages,
+        workload=workload,
+    )
+
+
+def _renamed(plan: Plan, model: Model, types: Mapping[str, Annotation]) -> dict[str, Annotation]:
+    data = full_annotations(model, {b: _tensor_only(plan, t) for b, t in types.items()})
+    return data
+
+
+def _tensor_only(plan: Plan, types: Annotation) -> Annotation:
+    """An annotation without the data axis."""
+    from ..ir.plan import OpTypes
+    from ..ir.types import NdType
+
+    keep = set(plan.tensor_axes)
+
+    def cut(kinds: tuple[NdType, ...]) -> tuple[NdType, ...]:
+        return tuple(NdType(tuple((a, k) for a, k in kind if a in keep)) for kind in kinds)
+
+    ops = {n: OpTypes(cut(t.operands), cut(t.results)) for n, t in types.ops.items()}
+    return Annotation(cut(types.inputs), cut(types.parameters), ops, cut(types.outputs))
+
+
+def _same_structure(block: str, planned: Graph, small: Graph) -> None:
+    if [(op.name, op.kind) for op in planned.ops] != [(op.name, op.kind) for op in small.ops]:
+        raise InvalidInput(f"block {block}: the model's ops are not those of the plan")
+
+
+def _check_division(
+    block: str, graph: Graph, types: Annotation, mesh: Mesh, binding: Binding
+) -> None:
+    for name, kind in types.produced(graph).items():
+        ways: dict[tuple[int, int], int] = {}
+        for axis, along in kind:
+            if along.is_split and axis != "dp":
+                place = (along.dim, along.part)
+                ways[place] = ways.get(place, 1) * mesh[axis].size
+        for (dim, part), count in ways.items():
+            size = bind(graph.values[name].dims[dim][part], binding)
+            if size % count:
+                raise InvalidInput(
+                    f"{name} of {block}: {size} does not divide by {count} at this size"
+                )
+
+
+def _stages(plan: Plan, model: Model, pp: int) -> tuple[Stage, ...]:
+    """The model's segments over `pp` stages, as unevenly as the plan has them in turn."""
+    layers = repeated(model)
+    share, extra = divmod(layers.count, pp)
+    counts = [share + (s < extra) for s in range(pp)]
+    bounds = [0]
+    position = layers.first
+    for count in counts:
+        position += count
+        bounds.append(position)
+    bounds[-1] = len(model.segments)
+    inside = range(layers.first, layers.first + layers.count)
+    stages = []
+    for s in range(pp):
+        source = plan.stages[min(s * len(plan.stages) // pp, len(plan.stages) - 1)]
+        wanted: list[Recompute] = [m for m in dict.fromkeys(source.recompute) if m != "none"]
+        cycle: list[Recompute] = wanted or ["none"]
+        if wanted and "none" in source.recompute[1:-1]:
+            cycle.append("none")
+        modes: list[Recompute] = []
+        for i in range(bounds[s], bounds[s + 1]):
+            modes.append(cycle[len(modes) % len(cycle)] if i in inside else "none")
+        stages.append(Stage(bounds[s], bounds[s + 1], tuple(modes)))
+    return tuple(stages)
