@@ -24,4 +24,4 @@ class Workload(BaseModel):
     precision: Precision = "bf16"
 
     def __init__(self, global_batch: int, seq_len: int, **other: object) -> None:
-        super().__init__(global_batch=global_batch, seq_len=seq_len, **other)  # type: ignore[arg-type]
+        super().__init__(global_batch=global_batch, seq_len=seq_len, **other)

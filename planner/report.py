@@ -14,6 +14,7 @@ from ..ir.plan import Annotation, Plan
 from ..ir.types import I, NdType, S
 
 GIB = 2**30
+MIB = 2**20
 
 
 def render(*parts: Table | str, width: int = 100) -> str:
@@ -23,6 +24,13 @@ def render(*parts: Table | str, width: int = 100) -> str:
     for part in parts:
         console.print(part)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def _count(number: int) -> str:
+    for size, name in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= size:
+            return f"{number / size:.3g} {name}"
+    return str(number)
 
 
 def _seconds(value: float) -> str:
@@ -40,7 +48,7 @@ def summary(plan: Plan) -> str:
     """The plan on one screen: strategy, predicted figures, stages, layout of the parameters."""
     work, cluster, predicted = plan.workload, plan.cluster, plan.predicted
     head = (
-        f"{plan.model.name}: {plan.model.elements / 1e9:.3g} B parameters on {cluster['nodes']} x "
+        f"{plan.model.name}: {_count(plan.model.elements)} parameters on {cluster['nodes']} x "
         f"{cluster['devices_per_node']} {cluster['device']['name']}, global batch "
         f"{work['global_batch']} x {work['seq_len']} tokens, {work['precision']}"
     )
@@ -60,20 +68,21 @@ def summary(plan: Plan) -> str:
 
 
 def _stages(plan: Plan) -> Table:
+    unit, name = (GIB, "GiB") if max(plan.predicted.memory_bytes) >= GIB else (MIB, "MiB")
     table = _table(
         "Stages", "stage", "layers", "recompute", "weights", "grads", "optimizer", "activations",
-        "workspace", "total GiB",
+        "workspace", f"total {name}",
     )  # fmt: skip
     for i, stage in enumerate(plan.stages):
         kinds = plan.predicted.memory[i] if i < len(plan.predicted.memory) else {}
         cells = [
-            f"{kinds.get(kind, 0) / GIB:.1f}"
+            f"{kinds.get(kind, 0) / unit:.1f}"
             for kind in ("weights", "gradients", "optimizer", "activations", "workspace")
         ]
         total = plan.predicted.memory_bytes[i]
         table.add_row(
             str(i), _range(plan, i), _modes(stage.recompute), *cells,
-            f"{total / GIB:.1f} of {plan.predicted.memory_limit_bytes / GIB:.1f}",
+            f"{total / unit:.1f} of {plan.predicted.memory_limit_bytes / unit:.1f}",
         )  # fmt: skip
     return table
 

@@ -20,6 +20,8 @@ from ..types import AxisType
 
 _PINS = "_shardwright_pins"
 _OUTPUT = "output"
+PIN_OP = "shardwright.pin"
+"""How the identity op is called in a trace."""
 
 
 @torch.library.custom_op("shardwright::pin", mutates_args=())

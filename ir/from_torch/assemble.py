@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import InvalidInput
-from ..graph import Init, Model, Parameter, Segment, Value
+from ..graph import Init, Model, Parameter, Pin, Segment, Value
 from ..refine import Link, RawGraph, refine
 from .draft import Draft, Wire
 from .naming import Names, identifier
@@ -73,6 +73,7 @@ def assemble(
         segments=segments,
         parameters=_parameters(module, segments, calls, inits, runs),
         loss=(segments[-1].outputs[0], segments[-1].outputs[1]),
+        pins=tuple(_pins(draft, called, drawn)),
     )
     model.check()
     return model
@@ -102,6 +103,22 @@ def _blocks(
             blocks[block] = each.graph
         called.append(block)
     return blocks, called
+
+
+def _pins(draft: Draft, called: Sequence[str], drawn: Sequence[Drawn]) -> Iterator[Pin]:
+    """Pins on activations, as `block:value`; on layers of one block they must agree."""
+    seen: dict[str, Mapping[str, str]] = {}
+    for wire, types in draft.pins:
+        for block, each in zip(called, drawn, strict=True):
+            if wire in each.names and each.names[wire] not in each.graph.inputs:
+                name = f"{block}:{each.names[wire]}"
+                if seen.setdefault(name, types) != types:
+                    raise InvalidInput(
+                        f"sw.annotate: {name} is pinned to {types} and to {dict(seen[name])}; "
+                        "layers of one kind are planned alike"
+                    )
+    for name, chosen in seen.items():
+        yield Pin("activation", name, chosen)
 
 
 def _block_name(piece: Piece, index: int, count: int, twin: nn.Module, name: str) -> str:
@@ -159,9 +176,7 @@ def _named(calls: Sequence[_Call], blocks: Mapping[str, RawGraph]) -> Iterator[S
         last = i == len(calls) - 1
         outputs = ("loss_sum", "loss_count") if last else (f"hidden_{i}",)
         assert call.hidden_inputs == len(before), "exactly one activation crosses a cut"
-        yield Segment(
-            call.block, call.module, call.parameters, (*before, *call.statics), outputs
-        )
+        yield Segment(call.block, call.module, call.parameters, (*before, *call.statics), outputs)
         before = outputs
 
 
@@ -229,5 +244,3 @@ def _like(name: str, like: Mapping[str, str]) -> str:
     """The parameter of the traced module that the one of this name is like."""
     unit = next(unit for unit in like if name.startswith(unit + "."))
     return like[unit] + name.removeprefix(unit)
-
-

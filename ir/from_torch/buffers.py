@@ -24,7 +24,9 @@ def real_buffers(module: nn.Module, twin: nn.Module) -> dict[str, Tensor]:
             source = _filled(module, source)
         for name, buffer in source._buffers.items():
             if buffer is not None:
-                found[f"{path}.{name}" if path else name] = buffer.detach().cpu() if not buffer.is_meta else buffer
+                found[f"{path}.{name}" if path else name] = (
+                    buffer.detach().cpu() if not buffer.is_meta else buffer
+                )
     return found
 
 

@@ -1,4 +1,4 @@
-"""Dims from traced shapes: sizes are numbers or the symbols `b` and `s`, products keep their order."""
+"""Dims from traced shapes: sizes are numbers, `b` and `s`; products keep their order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def atoms(size: Any, symbols: Mapping[str, str]) -> tuple[Size, ...]:
             names.append(symbols[str(factor)])
         else:
             return (_shown(expression, symbols),)
-    found: list[Size] = list(sorted(names))  # batch first
+    found: list[Size] = sorted(names)  # batch first
     return tuple(found if number == 1 else [*found, number])
 
 
@@ -97,6 +97,12 @@ def _key(dim: Sequence[Size]) -> tuple[int, tuple[str, ...]]:
         prod(size for size in dim if isinstance(size, int)),
         tuple(sorted(size for size in dim if isinstance(size, str))),
     )
+
+
+def elements(dim: Sequence[Size]) -> int:
+    """The number of elements of a dim, or -1 where it has a symbol."""
+    numbers = [size for size in dim if isinstance(size, int)]
+    return prod(numbers) if len(numbers) == len(dim) else -1
 
 
 def same_elements(a: Dims, b: Dims) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..errors import InvalidInput
 from ..graph import Dims, Dtype
 
 Role = Literal["activation", "parameter", "input", "constant"]
@@ -62,11 +63,15 @@ class Op:
 
 @dataclass(eq=False, slots=True)
 class Draft:
-    """Ops in order. Lifting inserts ops, redirects uses and sweeps what nobody reads."""
+    """Ops in order. Lifting inserts ops, redirects uses and sweeps what nobody reads.
+
+    `pins` are wires whose types the user chose; they are `pin` ops until lifting is done.
+    """
 
     ops: list[Op] = field(default_factory=list)
     inputs: list[Wire] = field(default_factory=list)
     outputs: list[Wire] = field(default_factory=list)
+    pins: list[tuple[Wire, dict[str, str]]] = field(default_factory=list)
 
     def add(
         self,
@@ -105,6 +110,19 @@ class Draft:
     def readers(self, wire: Wire) -> list[Op]:
         """Ops that read the wire, in order."""
         return [op for op in self.ops if wire in op.operands]
+
+    def take_pins(self) -> None:
+        """Turns `pin` ops into notes on the wires that they let through."""
+        for op in self.each("pin"):
+            wire = op.operands[0]
+            if not wire.carried or wire.role == "parameter":
+                raise InvalidInput(
+                    f"sw.annotate at {op.module or 'the top level'}: an activation that no "
+                    "parameter takes part in cannot be pinned"
+                )
+            self.redirect(op.result, wire)
+            self.ops.remove(op)
+            self.pins.append((wire, dict(op.attributes["types"])))
 
     def sweep(self) -> None:
         """Drops ops whose results nobody reads."""

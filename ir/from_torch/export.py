@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ def example_of(module: nn.Module, inputs: Inputs, loss: Callable[..., Any] | Non
     named = [p for p in parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if isinstance(inputs, Mapping):
-        given = dict(inputs)
+        given: dict[str, Any] = dict(inputs)
     else:
         names = [p.name for p in named] + (_loss_names(loss) if loss else [])
         if len(inputs) > len(names):
@@ -70,7 +71,7 @@ def example_of(module: nn.Module, inputs: Inputs, loss: Callable[..., Any] | Non
             )
         given = dict(zip(names, inputs, strict=False))
     for name, value in given.items():
-        if not isinstance(value, Tensor) or value.dim() == 0:
+        if not isinstance(value, Tensor) or not value.shape:
             raise InvalidInput(
                 f"example input {name!r}: expected a tensor with a batch dim, got {value!r}"
             )
@@ -81,14 +82,14 @@ def example_of(module: nn.Module, inputs: Inputs, loss: Callable[..., Any] | Non
     rest = {n: t for n, t in given.items() if n not in forward}
     if rest and loss is None:
         raise InvalidInput(
-            f"example inputs {', '.join(rest)}: {type(module).__name__}.forward does not take them; "
-            "give loss= a function of (output, ...) that does, or drop them"
+            f"example inputs {', '.join(rest)}: {type(module).__name__}.forward does not take "
+            "them; give loss= a function of (output, ...) that does, or drop them"
         )
     return Example(forward, rest, _sequence_inputs(given))
 
 
 def _loss_names(loss: Callable[..., Any]) -> list[str]:
-    return [name for name in inspect.signature(loss).parameters][1:]
+    return list(inspect.signature(loss).parameters)[1:]
 
 
 def _sequence_inputs(inputs: Mapping[str, Tensor]) -> frozenset[str]:
@@ -105,7 +106,7 @@ class _Training(nn.Module):
 
     def __init__(self, model: nn.Module, example: Example, loss: Callable[..., Any] | None) -> None:
         super().__init__()
-        self.model = model
+        self.model: nn.Module = model
         self._names = frozenset(example.forward)
         self._loss = loss
 
@@ -143,7 +144,7 @@ def run_export(
         inputs[name] = torch.zeros(shape, dtype=dtype, device="meta")
         shapes[name] = dynamic
     title = type(model).__name__
-    with _where(model) as path:
+    with _where(model) as path, _quiet():
         try:
             program = export(training, (inputs,), dynamic_shapes=(shapes,), strict=False)
         except Exception as error:
@@ -173,6 +174,17 @@ def _where(model: nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's log of what fails on the way: the error says it in one line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def _reason(error: Exception) -> str:
     """The first line of an error that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -183,7 +195,7 @@ def _reason(error: Exception) -> str:
 
 
 def _flattened(
-    program: Any, training: nn.Module, example: Example, buffers: Mapping[str, Tensor], title: str
+    program: Any, training: _Training, example: Example, buffers: Mapping[str, Tensor], title: str
 ) -> Exported:
     module = program.graph_module
     _inline(module)
@@ -253,14 +265,14 @@ def _inline(module: fx.GraphModule) -> None:
         values: dict[fx.Node, Any] = dict(zip(inner, operands, strict=True))
         no_grad = target == "wrap_with_set_grad_enabled" and node.args[0] is False
         with graph.inserting_before(node):
-            results = graph.graph_copy(body.graph, values)
+            results: Any = graph.graph_copy(body.graph, values)
         for copied in values.values():
             if isinstance(copied, fx.Node) and copied not in operands:
                 copied.meta["no_grad"] = no_grad or copied.meta.get("no_grad", False)
                 copied.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack"))
         for user in list(node.users):
             assert user.target is operator.getitem
-            user.replace_all_uses_with(results[user.args[1]])
+            user.replace_all_uses_with(results[int(str(user.args[1]))])
             graph.erase_node(user)
         graph.erase_node(node)
 

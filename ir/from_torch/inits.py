@@ -94,7 +94,7 @@ def initialised(module: nn.Module) -> dict[int, Init]:
             if callable(reset):
                 try:
                     reset(child) if pretrained else reset()
-                except Exception:  # noqa: BLE001, S112 - an initialisation that needs values
+                except Exception:
                     continue
     return recorder.found
 
@@ -144,7 +144,9 @@ def skeleton() -> Iterator[None]:
 
     def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and not parameter.is_meta:
-            twin = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+            twin = nn.Parameter(
+                parameter.detach().to("meta"), requires_grad=parameter.requires_grad
+            )
             if id(parameter) in noted:  # registered twice: tied
                 twin = noted[id(parameter)][0]
             elif parameter.numel():
@@ -155,7 +157,7 @@ def skeleton() -> Iterator[None]:
             noted.setdefault(id(parameter), (parameter, parameter))
         register(self, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
         with _EmptyOnMeta(), recorder:
             yield

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod, sqrt
-from typing import Any
+from math import sqrt
 
 from ..errors import UnsupportedOp
 from ..graph import Dims
+from .dims import elements
 from .draft import Draft, Op, Wire, uncast
 from .evaluate import Settings
 from .masks import Mask, classify
@@ -46,16 +46,12 @@ def _fused(op: Op, make: Settings) -> _Form:
     q, k, v, *mask = op.operands
     attributes = op.attributes
     scale = attributes["scale"]
-    form = _Form(q, k, v, 1 / sqrt(_elements(q.dims[-1])) if scale is None else float(scale))
+    form = _Form(q, k, v, 1 / sqrt(elements(q.dims[-1])) if scale is None else float(scale))
     form.causal, form.dropout = bool(attributes["causal"]), float(attributes["dropout"])
     if mask:
         additive = mask[0].dtype != "bool"
         form.masked(classify(mask[0], additive, False, make, op.module))
     return form
-
-
-def _elements(dim: tuple[Any, ...]) -> int:
-    return prod(dim)
 
 
 def _written_out(draft: Draft, op: Op, make: Settings) -> _Form | None:
@@ -84,7 +80,7 @@ def _written_out(draft: Draft, op: Op, make: Settings) -> _Form | None:
                 scale = factor * inner.attributes["factor"]
             else:
                 return None
-        elif softcap is None and (found := _mask_of(at)):
+        elif softcap is None and (found := _mask_of(at, make)):
             scores, mask, additive, inverted = found
             masks.append((mask, additive, inverted))
         else:
@@ -101,10 +97,14 @@ def _written_out(draft: Draft, op: Op, make: Settings) -> _Form | None:
     return form
 
 
-def _mask_of(op: Op) -> tuple[Wire, Wire, bool, bool] | None:
+def _mask_of(op: Op, make: Settings) -> tuple[Wire, Wire, bool, bool] | None:
     """(scores, mask, additive, inverted) of an op that masks scores."""
-    if op.kind in ("torch.masked_fill", "torch.keep") and _very_negative(op.attributes["value"]):
-        return op.operands[0], op.operands[1], False, op.kind == "torch.masked_fill"
+    if op.kind in ("torch.masked_fill", "torch.keep"):
+        value = op.attributes.get("value")
+        if len(op.operands) == 3 and op.operands[2].source is not None:
+            value = float(make()(op.operands[2].source))
+        if _very_negative(value):
+            return op.operands[0], op.operands[1], False, op.kind == "torch.masked_fill"
     if op.kind == "add":
         a, b = op.operands
         if a.carried != b.carried:
@@ -155,7 +155,7 @@ def _replace(draft: Draft, op: Op, form: _Form) -> None:
         module=op.module, before=op,
     )  # fmt: skip
     heads = wires[1].dims[1]
-    made.sizes = {"k": prod(heads) if heads else 1}  # type: ignore[arg-type]
+    made.sizes = {"k": elements(heads)}
     result = made.result
     if op.result.dims != dims:
         result = draft.add("reshape", [result], op.result.dims, module=op.module, before=op).result
@@ -175,10 +175,8 @@ def _unrepeated(wire: Wire) -> Wire:
         return wire
     apart = repeated.operands[0]
     b, n, times, s, d = repeated.result.dims
-    if (
-        apart.dims != (b, n, (), s, d)
-        or (n + times) != wire.dims[1]
-        and _elements(n + times) != _elements(wire.dims[1])
+    if apart.dims != (b, n, (), s, d) or (
+        (n + times) != wire.dims[1] and elements(n + times) != elements(wire.dims[1])
     ):
         return wire
     source = apart.made_by("reshape")

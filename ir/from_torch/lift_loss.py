@@ -50,12 +50,12 @@ def _pair(draft: Draft, op: Op, make: Settings) -> tuple[Wire, Wire] | None:
         x, y = op.operands
         if op.attributes["reduction"] == 0 or x.dims != y.dims:
             return None
-        shape = {"dims": x.dims, "module": op.module}
-        apart = draft.add("sub", [x, y], **shape).result  # type: ignore[arg-type]
-        if op.kind == "torch.mse_loss":
-            terms = draft.add("power", [apart], attributes={"exponent": 2}, **shape)  # type: ignore[arg-type]
-        else:
-            terms = draft.add("abs", [apart], **shape)  # type: ignore[arg-type]
+        apart = draft.add("sub", [x, y], x.dims, module=op.module).result
+        squared = op.kind == "torch.mse_loss"
+        terms = draft.add(
+            "power" if squared else "abs", [apart], x.dims, module=op.module,
+            attributes={"exponent": 2} if squared else {},
+        )  # fmt: skip
         return _reduced(draft, terms.result, op.attributes["reduction"] == 1, op.module)
     if op.kind in ("mean", "sum") and op.result.rank == 0:
         return _reduced(draft, uncast(op.operands[0]), op.kind == "mean", op.module)

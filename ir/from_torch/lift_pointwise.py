@@ -16,17 +16,17 @@ sqrt(shift(mean(power(x, exponent=2), dims=dims), term=eps))
 _RMS_NORM = f"mul(mul(x, ({_INVERSE_ROOT})), weight) | mul(div(x, ({_ROOT})), weight)"
 _RMS_NORM = " ".join(_RMS_NORM.split())
 
+_GELU_TANH = """
+shift(tanh(scale(add(x, scale(power(x, exponent=3), factor=0.044715)), factor=0.7978845608)),
+      term=1)
+"""
+_GELU = "shift(erf(scale(x, factor=0.70710678)), term=1)"
+
 _FORMULAS = {
-    "gelu_tanh": """
-        mul(scale(x, factor=0.5), shift(tanh(scale(add(x, scale(power(x, exponent=3), factor=0.044715)),
-            factor=0.7978845608)), term=1))
-        | scale(mul(x, shift(tanh(scale(add(x, scale(power(x, exponent=3), factor=0.044715)),
-            factor=0.7978845608)), term=1)), factor=0.5)
-    """,
-    "gelu": """
-        mul(scale(x, factor=0.5), shift(erf(scale(x, factor=0.70710678)), term=1))
-        | scale(mul(x, shift(erf(scale(x, factor=0.70710678)), term=1)), factor=0.5)
-    """,
+    "gelu_tanh": (
+        f"mul(scale(x, factor=0.5), {_GELU_TANH}) | scale(mul(x, {_GELU_TANH}), factor=0.5)"
+    ),
+    "gelu": f"mul(scale(x, factor=0.5), {_GELU}) | scale(mul(x, {_GELU}), factor=0.5)",
     "silu": "mul(x, sigmoid(x))",
 }
 """Our name → the formula."""

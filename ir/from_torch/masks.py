@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedOp
+from .dims import elements
 from .draft import Wire, ancestors
 from .evaluate import NoValue, Settings, arithmetic_constants
 
 _SMALL = 64
 """Windows up to this size are evaluated as they are, larger ones shrunk to `_STANDIN`."""
 _STANDIN = 5
+_LARGEST = 8192
 
 _SUPPORTED = (
     "supported are causal masks, sliding windows, and a padding mask given as a model input "
@@ -46,6 +48,13 @@ def classify(mask: Wire, additive: bool, inverted: bool, make: Settings, module:
     large = sorted(c for c in constants if c > _SMALL)
     standins = {c: _STANDIN + 4 * i for i, c in enumerate(large)}
     size = max([8, *small, *standins.values()]) + 5
+    stored = [w for w in ancestors([mask]) if w.role == "constant"]
+    size = max([size, *(elements(dim) for w in stored for dim in w.dims)])  # it may hold a window
+    if size > _LARGEST:
+        raise UnsupportedOp(
+            f"{where}: a mask stored for {size} positions, at most {_LARGEST} can be checked; make "
+            "it in forward instead"
+        )
     fixed = [n for dim in mask.dims[-1:] for n in dim if isinstance(n, int)]
     size = fixed[0] if fixed else size
 
@@ -74,7 +83,7 @@ def _as_bool(value: Tensor, additive: bool, inverted: bool, where: str) -> Tenso
         return ~value.bool() if inverted else value.bool()
     if not bool(((value == 0) | (value <= -1e4)).all()):
         raise UnsupportedOp(
-            f"{where}: a mask that is added and is neither 0 nor very negative (a bias); {_SUPPORTED}"
+            f"{where}: a mask that is added, neither 0 nor very negative (a bias); {_SUPPORTED}"
         )
     return value == 0
 

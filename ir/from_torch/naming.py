@@ -1,4 +1,4 @@
-"""Names of ops and values: readable in emitted source, and the same for a small and a large model."""
+"""Names of ops and values: readable in emitted source, the same for a small and a large model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ from collections.abc import Iterable, Sequence
 from .draft import Op, Wire
 
 _FOLLOWS_OPERAND = frozenset(
-    {"reshape", "permute", "expand", "chunk", "slice", "cast", "rotary", "dropout", "scale", "shift"}
+    {
+        "reshape",
+        "permute",
+        "expand",
+        "chunk",
+        "slice",
+        "cast",
+        "rotary",
+        "dropout",
+        "scale",
+        "shift",
+    }
 )
 """Kinds whose result is named after what they are applied to."""
 
@@ -70,7 +81,7 @@ def value_names(
     paths = [relative(op.module, module) for op in ops]
     last = {path: i for i, path in enumerate(paths)}
     labels = _labels(paths)
-    roots: dict[Wire, str] = {wire: name for wire, name in given.items()}
+    roots: dict[Wire, str] = dict(given)
     for i, op in enumerate(ops):
         path = paths[i]
         leaf = path and not any(other.startswith(path + ".") for other in paths)

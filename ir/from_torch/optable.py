@@ -78,3 +78,9 @@ VIEWS = frozenset(
 """Reshapes: the result's shape says all."""
 
 EXPANDS = frozenset({"expand", "expand_as", "broadcast_to"})
+
+MORE_VIEWS = frozenset(
+    {"transpose", "t", "permute", "movedim", "swapaxes", "swapdims", "slice", "select", "chunk",
+     "split", "split_with_sizes", "unbind", "detach", "to"}
+)  # fmt: skip
+"""Other operations whose results may share memory with their operand."""

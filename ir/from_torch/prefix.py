@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidInput
+from ..graph import Pin
 from .export import MODEL_DTYPE
 
 
@@ -71,7 +72,11 @@ def _signature(module: nn.Module) -> tuple[Any, ...]:
     """What makes two modules alike: classes, parameters, buffers and plain settings throughout."""
     parts: list[Any] = []
     for name, child in module.named_modules(remove_duplicate=False):
-        own = [(n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in child._parameters.items() if p is not None]
+        own = [
+            (n, tuple(p.shape), p.dtype, p.requires_grad)
+            for n, p in child._parameters.items()
+            if p is not None
+        ]
         buffers = [(n, tuple(b.shape), b.dtype) for n, b in child._buffers.items() if b is not None]
         plain = sorted(
             (n, repr(v)) for n, v in vars(child).items() if not _is_index(n) and _is_plain(v)
@@ -83,7 +88,7 @@ def _signature(module: nn.Module) -> tuple[Any, ...]:
 def _is_plain(value: object) -> bool:
     if isinstance(value, (tuple, list)):
         return all(_is_plain(each) for each in value)
-    return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, Pin))
 
 
 def _is_index(name: str) -> bool:
@@ -92,7 +97,9 @@ def _is_index(name: str) -> bool:
     return any(part in lower for part in ("idx", "index", "layer_id", "layer_number", "layer_num"))
 
 
-def on_meta(module: nn.Module, runs: Sequence[Run]) -> tuple[nn.Module, dict[nn.Parameter, nn.Parameter]]:
+def on_meta(
+    module: nn.Module, runs: Sequence[Run]
+) -> tuple[nn.Module, dict[nn.Parameter, nn.Parameter]]:
     """A copy on meta in which every run is cut to its prefix, and its parameters → the originals.
 
     The user's module is not touched. Raises InvalidInput where it cannot be copied.

@@ -70,7 +70,7 @@ def _cut(draft: Draft, units: Sequence[str]) -> list[Piece]:
 
 
 def _framed(pieces: list[Piece], module: nn.Module) -> list[Piece]:
-    """Where children repeat (`block1`, `block2`), what is before and after them is one piece each."""
+    """Where children repeat (`block1`, `block2`), one piece each for what is before and after."""
     classes = [type(module.get_submodule(p.unit)) if p.unit else None for p in pieces]
     repeated = [i for i, c in enumerate(classes) if c is not None and classes.count(c) > 1]
     if not repeated:
@@ -140,9 +140,12 @@ class Drawn:
     inputs: tuple[Wire, ...]
     parameters: tuple[str, ...]
     outputs: tuple[Wire, ...]
+    names: Mapping[Wire, str]
 
 
-def draw(piece: Piece, outputs: Sequence[Wire], statics: Mapping[Wire, str], order: Mapping[str, int]) -> Drawn:
+def draw(
+    piece: Piece, outputs: Sequence[Wire], statics: Mapping[Wire, str], order: Mapping[str, int]
+) -> Drawn:
     """The raw graph of a piece. `statics` names inputs and preamble values, `order` parameters."""
     module = piece.unit or ""
     made = {wire for op in piece.ops for wire in op.results}
@@ -156,12 +159,10 @@ def draw(piece: Piece, outputs: Sequence[Wire], statics: Mapping[Wire, str], ord
         given[wire] = names.unique("hidden")
     for wire in fixed:
         given[wire] = names.unique(statics[wire])
-    graph = _raw(
-        piece.ops, [*hidden, *fixed], parameters, outputs, given, names, module
-    )
-    return Drawn(
-        graph, module, (*hidden, *fixed), tuple(w.name for w in parameters), tuple(outputs)
-    )
+    named = value_names(piece.ops, module, given, names)
+    graph = _raw(piece.ops, [*hidden, *fixed], parameters, outputs, named, module)
+    inputs, stored = (*hidden, *fixed), tuple(w.name for w in parameters)
+    return Drawn(graph, module, inputs, stored, tuple(outputs), named)
 
 
 def _inner(name: str, module: str) -> str:
@@ -173,12 +174,11 @@ def _raw(
     inputs: Sequence[Wire],
     parameters: Sequence[Wire],
     outputs: Sequence[Wire],
-    given: dict[Wire, str],
-    names: Names,
+    named: Mapping[Wire, str],
     module: str,
 ) -> RawGraph:
-    named = value_names(ops, module, given, names)
-    roles = {wire: "input" for wire in inputs} | {wire: "parameter" for wire in parameters}
+    """A raw graph of ops whose wires have names."""
+    roles = dict.fromkeys(inputs, "input") | dict.fromkeys(parameters, "parameter")
     values = {
         name: Value(name, wire.dims, wire.dtype, roles.get(wire, "activation"), wire.grad)  # type: ignore[arg-type]
         for wire, name in named.items()
@@ -216,17 +216,10 @@ def _attributes(op: Op) -> dict[str, Any]:
 def draw_preamble(draft: Draft, needed: Iterable[Wire]) -> tuple[RawGraph, dict[Wire, str]]:
     """The raw graph of the gradient-free ops, and the names of inputs and preamble values."""
     ops = [op for op in draft.ops if not any(w.carried for w in op.results)]
-    inputs = [w for w in draft.inputs]
-    names = Names(["hidden", *(w.name for w in inputs)])
-    given = {wire: wire.name for wire in inputs}
-    named = value_names(ops, "", given, names)
+    names = Names(["hidden", *(wire.name for wire in draft.inputs)])
+    named = value_names(ops, "", {wire: wire.name for wire in draft.inputs}, names)
     read = {w for op in ops for w in op.operands}
+    used = [w for w in draft.inputs if w in read]
+    kept = {w: n for w, n in named.items() if w.role != "input" or w in read}
     outputs = [w for w in dict.fromkeys(needed) if w.role != "input"]
-    used = [w for w in inputs if w in read]
-    graph = _raw(ops, used, [], outputs, {w: w.name for w in used}, Names(names_of(inputs)), "")
-    return graph, named
-
-
-def names_of(wires: Iterable[Wire]) -> list[str]:
-    """Names that preamble values must not take."""
-    return ["hidden", *(wire.name for wire in wires)]
+    return _raw(ops, used, [], outputs, kept, ""), named

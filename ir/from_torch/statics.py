@@ -3,13 +3,13 @@ small constants. Found by evaluation, so that it does not matter how they were c
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedOp
+from ..graph import Dims
 from ..optable import TABLE
 from .draft import Draft, Op, Wire, ancestors
 from .evaluate import NoValue, Settings
@@ -56,16 +56,16 @@ def _take_number(draft: Draft, op: Op, wire: Wire, value: Tensor) -> bool:
     x = op.operands[1] if first else op.operands[0]
     if x.dims != op.result.dims or (first and op.kind == "div"):
         return False
-    dtype = op.result.dtype
-    shape = {"dtype": dtype, "module": op.module, "before": op}
     if op.kind in ("mul", "div"):
-        factor = number if op.kind == "mul" else 1 / number
-        made = draft.add("scale", [x], x.dims, attributes={"factor": factor}, **shape)
+        kind, attributes = "scale", {"factor": number if op.kind == "mul" else 1 / number}
     else:
+        kind, attributes = "shift", {"term": -number if op.kind == "sub" and not first else number}
         if first and op.kind == "sub":
-            x = draft.add("neg", [x], x.dims, **shape).result
-        term = -number if op.kind == "sub" and not first else number
-        made = draft.add("shift", [x], x.dims, attributes={"term": term}, **shape)
+            x = draft.add("neg", [x], x.dims, module=op.module, before=op).result
+    made = draft.add(
+        kind, [x], x.dims, dtype=op.result.dtype, attributes=attributes, module=op.module,
+        before=op,
+    )  # fmt: skip
     draft.redirect(op.result, made.result)
     return True
 
@@ -74,16 +74,9 @@ def _replacement(draft: Draft, wire: Wire, value: Tensor, reader: Op) -> Wire:
     first = draft.ops[0]
     symbolic = any(isinstance(size, str) for dim in wire.dims for size in dim)
     if wire.dtype in ("int64", "int32") and wire.dims and symbolic:
-        positions = torch.arange(value.shape[-1])
         start = int(value.flatten()[0])
-        if bool((value - start == positions).all()) and not any(wire.dims[:-1]):
-            made = draft.add("positions", [], wire.dims, dtype="int64", before=first)
-            if start == 0:
-                return made.result
-            return draft.add(
-                "shift", [made.result], wire.dims, dtype="int64", attributes={"term": start},
-                before=first,
-            ).result  # fmt: skip
+        if bool((value - start == torch.arange(value.shape[-1])).all()):
+            return _positions(draft, wire.dims, start, first)
     known = all(w.producer is None or w.producer.kind in TABLE for w in ancestors([wire]))
     buffers = any(w.role == "constant" for w in ancestors([wire]))
     if known and not buffers:
@@ -93,7 +86,7 @@ def _replacement(draft: Draft, wire: Wire, value: Tensor, reader: Op) -> Wire:
             "constant", [], wire.dims, dtype=wire.dtype, attributes={"value": value.tolist()},
             before=first,
         ).result  # fmt: skip
-    sizes = " × ".join(str(prod_text(dim)) for dim in wire.dims)
+    sizes = " × ".join(_shown(dim) for dim in wire.dims)
     raise UnsupportedOp(
         f"op {reader.kind} at {reader.module or 'the top level'} reads a fixed tensor of {sizes} "
         f"elements that is neither positions nor small (at most {_LARGEST_CONSTANT} elements, none "
@@ -101,11 +94,19 @@ def _replacement(draft: Draft, wire: Wire, value: Tensor, reader: Op) -> Wire:
     )
 
 
-def prod_text(dim: tuple[int | str, ...]) -> str:
-    """A dim as a reader would write it."""
-    number = prod(n for n in dim if isinstance(n, int))
-    names = [n for n in dim if isinstance(n, str)]
-    return "·".join([*names, *([str(number)] if number > 1 or not names else [])])
+def _positions(draft: Draft, dims: Dims, start: int, first: Op) -> Wire:
+    """start, start + 1, … along the last dim."""
+    row: Dims = (*(() for _ in dims[:-1]), dims[-1])
+    made = draft.add("positions", [], row, dtype="int64", before=first).result
+    if start:
+        made = draft.add(
+            "shift", [made], row, dtype="int64", attributes={"term": start}, before=first
+        ).result
+    return made if row == dims else draft.add("expand", [made], dims, before=first).result
+
+
+def _shown(dim: tuple[int | str, ...]) -> str:
+    return "·".join(map(str, dim)) or "1"
 
 
 def _slices_of_parameters(draft: Draft) -> None:
@@ -113,7 +114,11 @@ def _slices_of_parameters(draft: Draft) -> None:
     for op in draft.each("slice"):
         (weight,) = op.operands
         dim = op.attributes["dim"]
-        if weight.role != "parameter" or op.attributes["start"] != 0 or op.attributes["stop"] != "s":
+        if (
+            weight.role != "parameter"
+            or op.attributes["start"] != 0
+            or op.attributes["stop"] != "s"
+        ):
             continue
         if dim != weight.rank - 2 or any(weight.dims[:dim]):
             continue

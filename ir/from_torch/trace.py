@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidInput
 from ..graph import Model
+from .annotate import mark_outputs, pins_of
 from .assemble import Unlike, assemble
 from .buffers import real_buffers
 from .draft import Draft
@@ -71,13 +72,15 @@ def _traced(
 ) -> Model:
     twin, originals = on_meta(module, runs)
     recorded = initialised(twin)
+    mark_outputs(twin)
     names = logical_names(module, originals)
     exported = run_export(twin, example, loss, real_buffers(module, twin))
     frozen = frozenset(n for n, p in module.named_parameters() if not p.requires_grad)
-    draft = lifted(exported, {p: n for p, n in names.items()}, frozen)
+    draft = lifted(exported, names, frozen)
     present = {parameter: names[parameter] for parameter in twin.parameters()}
     inits = inits_of(module, twin, present, recorded)
-    return assemble(draft, module, twin, runs, inits, name)
+    model = assemble(draft, module, twin, runs, inits, name)
+    return replace(model, pins=(*pins_of(module), *model.pins))
 
 
 def lifted(exported: Exported, names: Mapping[nn.Parameter, str], frozen: frozenset[str]) -> Draft:
@@ -90,6 +93,8 @@ def lifted(exported: Exported, names: Mapping[nn.Parameter, str], frozen: frozen
     lift_rms_norm(draft)
     lift_activations(draft)
     fold_statics(draft, make)
+    simplify_views(draft)
+    draft.take_pins()
     simplify_views(draft)
     check(draft)
     return draft

@@ -17,7 +17,7 @@ _PER_ROW = frozenset(
 
 
 def simplify_views(draft: Draft) -> None:
-    """Merges and drops reshapes, permutes and expands until nothing changes."""
+    """Merges and drops views until nothing changes."""
     changed = True
     while changed:
         changed = False
@@ -27,22 +27,25 @@ def simplify_views(draft: Draft) -> None:
 
 
 def _drop(draft: Draft, op: Op) -> bool:
-    """A view that changes nothing."""
-    if op.kind in ("reshape", "expand") and op.operands[0].dims == op.result.dims:
-        pass
-    elif op.kind == "permute" and op.attributes["order"] == sorted(op.attributes["order"]):
-        pass
-    elif op.kind == "dropout" and (op.attributes["p"] == 0 or not op.attributes.get("train", True)):
-        pass
+    """An op that changes nothing: the view of all, a dropout that is off."""
+    if op.kind in ("reshape", "expand"):
+        nothing = op.operands[0].dims == op.result.dims
+    elif op.kind == "permute":
+        nothing = op.attributes["order"] == sorted(op.attributes["order"])
+    elif op.kind == "dropout":
+        nothing = op.attributes["p"] == 0 or not op.attributes.get("train", True)
     else:
         return False
-    draft.redirect(op.result, op.operands[0])
-    draft.ops.remove(op)
-    return True
+    if nothing:
+        draft.redirect(op.result, op.operands[0])
+        draft.ops.remove(op)
+    return nothing
 
 
 def _merge(draft: Draft, op: Op) -> bool:
-    """A view of a view of the same kind."""
+    """A view of a view of the same kind; a cast up and back again."""
+    if op.kind == "cast":
+        return _merge_casts(draft, op)
     if op.kind not in ("reshape", "permute", "expand"):
         return False
     inner = op.operands[0].made_by(op.kind)
@@ -52,6 +55,18 @@ def _merge(draft: Draft, op: Op) -> bool:
         order = inner.attributes["order"]
         op.attributes["order"] = [order[d] for d in op.attributes["order"]]
     op.operands = list(inner.operands)
+    return True
+
+
+def _merge_casts(draft: Draft, op: Op) -> bool:
+    inner = op.operands[0].made_by("cast")
+    source = inner.operands[0] if inner else None
+    if source is None or (op.result.dtype, inner and inner.result.dtype) != ("model", "wide"):
+        return False
+    if source.dtype != "model":
+        return False
+    draft.redirect(op.result, source)
+    draft.ops.remove(op)
     return True
 
 

@@ -1,0 +1,1 @@
+"""Floor 4: from a plan to source code that runs, in PyTorch."""

@@ -1,0 +1,188 @@
+"""From an op to the line that computes it on local shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ...ir.errors import UnsupportedOp
+from ...ir.graph import Op
+from ...ir.optable import TABLE
+from ...ir.rule import FactorName
+from . import views
+from .body import Body, Form, Statement, Text
+from .optable import TEMPLATES, fill, literal
+from .target import declared, order_within
+
+_DTYPES = {"float64", "float32", "int64", "int32", "bool"}
+
+
+def line(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Statement:
+    """The statement of an op."""
+    if op.kind not in TEMPLATES:
+        raise UnsupportedOp(
+            f"op {op.kind!r} at {op.module or 'the top level'} ({op.name}): the torch backend does "
+            "not know how to write it; add a line to backends/to_torch/optable.py"
+        )
+    template = TEMPLATES[op.kind]
+    if template.text.startswith("@"):
+        text = _BUILDERS[template.text[1:]](body, op, reads, writes)
+    else:
+
+        def text(x: Sequence[str]) -> str:
+            return fill(template, list(x), op.attributes)
+
+    if TABLE[op.kind].work == "loss":
+        writes = writes[:1]  # the count is known before: see counting.py
+    names = template.name.split() or [""]
+    names = (names * len(writes))[: len(writes)] if len(names) == 1 else names[: len(writes)]
+    return Statement(reads, writes, text, names, role=template.role, op=op)
+
+
+def splits(op: Op, reads: Sequence[Form], writes: Sequence[Form]) -> dict[str, FactorName]:
+    """Axis → the loop that it splits."""
+    found: dict[str, FactorName] = {}
+    for shape, (_, types) in zip(
+        op.rule.operands + op.rule.results, [*reads, *writes], strict=True
+    ):
+        for axis, kind in types:
+            if kind.is_split:
+                found[axis] = shape[kind.dim][kind.part]
+    return found
+
+
+def _split_text(op: Op, reads: Sequence[Form], writes: Sequence[Form]) -> str:
+    """`split={"dp": 0, "tp": "v"}`: loops of leading dims by number, others by name."""
+    found = []
+    for axis, factor in splits(op, reads, writes).items():
+        base = factor.split("_")[0]
+        lead = base[1:] if base[0] == "n" and base[1:].isdigit() else ""
+        found.append(f'"{axis}": {lead or repr(base)}')
+    return "split={" + ", ".join(found).replace("'", '"') + "}"
+
+
+def _vocabulary(body: Body, op: Op, reads: list[Form], writes: list[Form], operand: int) -> str:
+    """The process groups that split the vocabulary, outermost first; empty where none does."""
+    name, types = reads[operand]
+    over = [a for a, f in splits(op, reads, writes).items() if f.split("_")[0] == "v"]
+    if not over:
+        return ""
+    dim = types[over[0]].dim
+    if any(size.number > 1 for size in body.target.local(body.values[name], types)[dim][:-1]):
+        raise UnsupportedOp(f"{name}: the vocabulary is split within a part of it")
+    over = [a for a in order_within(types, dim) if a in over]
+    body.axes.update(over)
+    return ", ".join(over)
+
+
+Builder = Callable[[Body, Op, list[Form], list[Form]], Text]
+
+
+def _linear(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
+    if any(map(views.has_partial, reads)):
+        return lambda x: f"{x[0]} @ {x[1]}.T"  # the checker lets P through a product, not F.linear
+    return lambda x: f"F.linear({x[0]}, {x[1]})"
+
+
+def _attention(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
+    split = _split_text(op, reads, writes)
+    options = ""
+    for key in ("causal", "window", "scale", "softcap"):
+        if op.attributes.get(key):
+            options += f", {key}={literal(op.attributes[key])}"
+    return lambda x: f"attention({', '.join(x)}{options}, {split})"
+
+
+def _embedding(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
+    padding = op.attributes.get("padding_idx")
+    options = "" if padding is None else f", padding_idx={padding}"
+    if vocab := _vocabulary(body, op, reads, writes, 0):
+        split = _split_text(op, reads, writes)
+        return lambda x: f"embedding({x[0]}, {x[1]}, vocab=[{vocab}]{options}, {split})"
+    text: Text = lambda x: f"F.embedding({x[1]}, {x[0]}{options})"  # noqa: E731
+    return views.unseen(text, reads[0], writes[0]) if views.has_partial(reads[0]) else text
+
+
+def _cross_entropy(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
+    ignore = op.attributes.get("ignore_index", -100)
+    options = "" if ignore == -100 else f", ignore_index={ignore}"
+    if vocab := _vocabulary(body, op, reads, writes, 0):
+        options = f", vocab=[{vocab}]" + options
+    split = _split_text(op, reads, writes)
+    return lambda x: f"cross_entropy({x[0]}, {x[1]}{options}, {split})"
+
+
+def _layer_norm(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
+    (size,) = body.target.local(body.values[reads[0][0]], reads[0][1])[-1]
+    eps = literal(op.attributes["eps"])
+    return lambda x: f"F.layer_norm({x[0]}, ({size.number},), {', '.join([*x[1:], f'eps={eps}'])})"
+
+
+def _rotary_table(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
+    frequencies = body.constant("INV_FREQ", op.attributes["inv_freq"])
+    options = ""
+    for key, default in (("scaling", 1.0), ("style", "half")):
+        if op.attributes.get(key, default) != default:
+            options += f", {key}={literal(op.attributes[key])}"
+    narrow = body.values[writes[0][0]].dtype == "model"
+
+    def text(x: Sequence[str]) -> str:
+        table = f"rotary_table({x[0]}, {frequencies}{options})"
+        return f"map(to_model, {table})" if narrow else table
+
+    return text
+
+
+def _positions(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
+    value = body.values[writes[0][0]]
+    lead = "".join("None, " for dim in value.dims[:-1])
+    (size,) = value.dims[-1] or (1,)
+    count, device = body.extent(size), body.device()
+    index = f"[{lead}:]" if lead else ""
+    return lambda x: f"torch.arange({count}, device={device}){index}"
+
+
+def _constant(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
+    device = body.device()
+    return lambda x: f"torch.tensor({op.attributes['value']!r}, device={device})"
+
+
+def _cast(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
+    to = op.attributes["to"]
+    text: Text
+    if to in _DTYPES:
+        text = lambda x: f"{x[0]}.to(torch.{to})"  # noqa: E731
+    else:
+        function = {"wide": "wide", "model": "to_model"}[to]
+        text = lambda x: f"{function}({x[0]})"  # noqa: E731
+    return views.unseen(text, reads[0], writes[0]) if views.has_partial(reads[0]) else text
+
+
+def _dropout(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
+    p = op.attributes["p"]
+    if not p:
+        return lambda x: x[0]
+    body.draws = True
+    split = "{" + ", ".join(f'"{a}": {k.dim}' for a, k in reads[0][1] if k.is_split) + "}"
+    return lambda x: f'dropout({x[0]}, {p}, draw, f"{{self.path}} {op.name}", split={split})'
+
+
+_BUILDERS: dict[str, Builder] = {
+    "linear": _linear,
+    "attention": _attention,
+    "embedding": _embedding,
+    "cross_entropy": _cross_entropy,
+    "layer_norm": _layer_norm,
+    "rotary_table": _rotary_table,
+    "positions": _positions,
+    "constant": _constant,
+    "cast": _cast,
+    "dropout": _dropout,
+    "reshape": views.reshape,
+    "permute": views.permute,
+    "expand": views.expand,
+    "chunk": views.chunk,
+    "slice": views.slice_dim,
+    "concat": views.concat,
+}
+
+__all__ = ["declared", "line", "splits"]

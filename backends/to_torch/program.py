@@ -1,0 +1,204 @@
+"""model.py: blocks, stages, what passes between them, and a docstring that says what all this is."""
+
+from __future__ import annotations
+
+import textwrap
+
+from ...ir.graph import Value
+from ...ir.plan import Plan
+from .blocks import block_classes, write_class
+from .counting import count_terms
+from .source import imports
+from .stages import StageWriter, Wiring
+from .target import LiveType, Target, shown
+
+_KNOWN = {
+    "spmd_types": "",
+    "F": "torch.nn",
+    "attention": "ops", "cross_entropy": "ops", "dense_gradient": "ops", "Draw": "ops",
+    "dropout": "ops", "embedding": "ops", "rms_norm": "ops", "rotary": "ops",
+    "rotary_table": "ops", "selective": "ops", "shift_labels": "ops", "softmax": "ops",
+    "sum_loss": "ops", "to_model": "ops", "wide": "ops",
+    "at_factors": "typed", "on_shards": "typed",
+    "axis": "parallel", "local": "parallel",
+    "Carried": "layout", "add_modules": "layout", "add_parameters": "layout",
+    "MICRO_BATCH": "settings", "MICROBATCHES": "settings", "SEQ_LEN": "settings",
+    "I": "spmd_types", "P": "spmd_types", "R": "spmd_types", "S": "spmd_types",
+    "Tensor": "torch", "nn": "torch",
+    "checkpoint": "torch.utils.checkpoint",
+}  # fmt: skip
+"""Name → the module that a program imports it from, where it uses the name."""
+
+
+def model_source(plan: Plan) -> str:
+    """The text of model.py."""
+    target = target_of(plan)
+    constants: dict[str, str] = {}
+    classes = block_classes(plan)
+    wiring = Wiring(plan, target)
+    blocks = [write_class(plan, target, block, constants) for block in classes]
+    stages = [
+        StageWriter(wiring, i, classes, constants).source() for i in range(len(plan.stages))
+    ]
+    count = count_terms(plan, constants)
+    parts = [*blocks, *stages, count, _tables(plan, wiring, [c.name for c in classes])]
+    body = "\n\n\n".join(parts)
+    fixed = "\n\n".join(_constant(name, text) for name, text in constants.items())
+    if target.reduces_low:
+        own = 'OWN_DTYPE = {"op_dtype": None}  # gradients are summed in the dtype they have'
+        fixed = f"{own}\n\n{fixed}" if "OWN_DTYPE" in body else fixed
+    heads = imports(body + fixed, {k: v for k, v in _KNOWN.items() if v and k != "F"})
+    usual = "import torch\n" if "torch." in body + fixed else ""
+    usual += "import spmd_types as spmd\n" if "spmd." in body else ""
+    usual += "import torch.nn.functional as F\n" if "F." in body else ""
+    text = [f'"""{_doc(plan)}\n"""', f"from __future__ import annotations\n\n{usual}{heads}"]
+    return "\n\n".join([*text, *([fixed] if fixed else []), "", body]) + "\n"
+
+
+def target_of(plan: Plan) -> Target:
+    """What the plan's program is emitted for."""
+    return Target(plan.mesh, reduces_low=plan.workload.get("precision", "bf16") == "bf16")
+
+
+def _constant(name: str, text: str) -> str:
+    """A long literal in a few lines that a formatter leaves alone."""
+    if len(text) < 80:
+        return f"{name} = {text}"
+    lines = textwrap.wrap(text, 92, break_long_words=False, break_on_hyphens=False)
+    body = "\n".join(f"    {line}" for line in lines)
+    return f"# fmt: off\n{name} = (\n{body}\n)\n# fmt: on"
+
+
+def _tables(plan: Plan, wiring: Wiring, blocks: list[str]) -> str:
+    """BATCH, BLOCKS, STAGES, CARRIED and LOSS_TYPES."""
+    tuple_of = lambda names: "(" + "".join(f"{n}, " for n in names).rstrip() + ")"  # noqa: E731
+    carried = []
+    for boundary in range(len(plan.stages) - 1):
+        items = [_carried(wiring, name) for name in wiring.carried(boundary)]
+        carried.append(f"    ({', '.join(items)},),")
+    listed = "\n".join(carried)
+    types = wiring.types[plan.model.loss[0]]
+    loss = dict(types.axes)
+    kinds = {a: str(loss.get(a, "I")) for a in plan.type_axes}
+    loss_text = "{" + ", ".join(f'"{a}": "{k}"' for a, k in kinds.items()) + "}"
+    batch = "\n".join(f'    "{v.name}": {_batch(plan, v)},' for v in plan.model.inputs)
+    return "\n".join(
+        [
+            "# name: (dtype, dims, bound of integers)",
+            "BATCH = {",
+            batch,
+            "}",
+            "",
+            "# classes that FSDP shards and gathers one by one",
+            f"BLOCKS = {tuple_of(blocks)}",
+            "",
+            f"STAGES = {tuple_of([f'Stage{i}' for i in range(len(plan.stages))])}",
+            "",
+            "# what stage i sends to stage i + 1: local shapes for b sequences of s tokens, dtypes, types",
+            f"CARRIED = (\n{listed}\n)" if listed else "CARRIED = ()",
+            "",
+            "# how the loss that the last stage returns lies on the mesh",
+            f"LOSS_TYPES = {loss_text}",
+        ]
+    )
+
+
+def _carried(wiring: Wiring, name: str) -> str:
+    value, types = wiring.values[name], wiring.types[name]
+    kinds = ", ".join(f'"{axis}": "{kind}"' for axis, kind in types)
+    shape = _shape(wiring.target, value, types)
+    return f'Carried("{name}", lambda b, s: {shape}, "{value.dtype}", {{{kinds}}})'
+
+
+def _shape(target: Target, value: Value, types: LiveType) -> str:
+    dims = []
+    for dim in target.local(value, types):
+        number, texts = 1, []
+        for size in dim:
+            number *= size.number or 1
+            if size.symbol:
+                texts.append(size.text({"b": "b", "s": "s"}))
+        texts += [str(number)] if number > 1 or not texts else []
+        dims.append(texts[0] if len(texts) == 1 else " * ".join(f"({t})" for t in texts))
+    return f"({', '.join(dims)}{',' if len(dims) == 1 else ''})"
+
+
+def _batch(plan: Plan, value: Value) -> str:
+    """dtype, dims and the bound of integers: the vocabulary they index."""
+    dims = ", ".join(f'"{d[0]}"' if d and isinstance(d[0], str) else str(_number(d)) for d in value.dims)
+    dtype = {"model": "float32", "wide": "float32"}.get(value.dtype, value.dtype)
+    dims += "," if len(value.dims) == 1 else ""
+    return f'("{dtype}", ({dims}), {_bound(plan, value)})'
+
+
+def _number(dim: tuple[int | str, ...]) -> int:
+    number = 1
+    for size in dim:
+        assert isinstance(size, int)
+        number *= size
+    return number
+
+
+def _bound(plan: Plan, value: Value) -> int:
+    """The number of rows of the table that an integer input indexes, or of classes it names."""
+    if not value.dtype.startswith("int"):
+        return 0
+    bounds: list[int] = []
+    for segment in plan.model.segments:
+        graph = plan.model.blocks[segment.block]
+        for op in graph.ops:
+            if op.kind in ("embedding", "cross_entropy"):
+                k = 0 if op.kind == "embedding" else 1
+                dim = graph.values[op.operands[0]].dims[0 if op.kind == "embedding" else -1]
+                outer = dict(zip(graph.inputs, segment.inputs, strict=True))
+                sources = _sources(plan, outer, graph, op.operands[1])
+                if value.name in sources and k >= 0:
+                    bounds.append(_number(dim))
+    return min(bounds, default=2)
+
+
+def _sources(plan: Plan, outer: dict[str, str], graph: object, value: str) -> set[str]:
+    from ...ir.graph import Graph
+    from .body import needed_inputs
+
+    assert isinstance(graph, Graph)
+    names = {outer[n] for n in needed_inputs(graph, {value})}
+    preamble = plan.model.preamble
+    return names | needed_inputs(preamble, names & set(preamble.outputs))
+
+
+def _doc(plan: Plan) -> str:
+    """The module docstring."""
+    s, target = plan.strategy, target_of(plan)
+    mesh = " × ".join(f"{a.name}={a.size}" for a in plan.mesh.axes)
+    tensor = [a.name for a in plan.mesh.axes if a.parent == "tp" and a.size > 1]
+    said = {"pp": "pipeline stages, each a class below", "dp": "data parallel"}
+    rows = [
+        f"    {a.name:<4} {a.size:>4}   {said.get(a.name, 'tensor parallel')}"
+        for a in plan.mesh.axes
+    ]
+    zero = {0: "replicated", 1: "optimizer state split (ZeRO 1)", 2: "gradients and state split (ZeRO 2)",
+            3: "parameters, gradients and state split (ZeRO 3)"}[s.zero]
+    text = [
+        f"{plan.model.name} on {plan.mesh.size} ranks: {mesh}.",
+        "",
+        "The mesh, outermost axis first:",
+        "",
+        *rows,
+        "",
+        f"Along dp, parameters are {zero}; {plan.microbatches} microbatches of "
+        f"{s.micro_batch} sequence{'s' * (s.micro_batch > 1)} a step; recomputation: {s.recompute}.",
+        "",
+        "Every module computes on local shards. How a tensor lies along an axis is its type:",
+        "",
+        "    S(d)   split along dim d; its gradient too      (S(d.k): along factor k of the dim)",
+        "    R      replicated; the ranks' gradients are summands",
+        "    I      replicated; so is its gradient",
+        "    P      the ranks hold summands; its gradient is replicated",
+        "",
+        "A line that changes a type is a call of spmd_types and says so above it: what moves forward,",
+        "and what moves backward where that differs. b and s are the microbatch's sequences per",
+        "data-parallel rank and their length.",
+    ]
+    _ = (target, tensor, shown)
+    return "\n".join(text)

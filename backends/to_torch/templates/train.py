@@ -1,0 +1,166 @@
+"""Trains the model: `torchrun --nproc-per-node N train.py --steps 100`.
+
+Sizes and layout are in settings.py, the model in model.py, data in data.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from math import cos, pi
+from pathlib import Path
+from typing import Any
+
+import model
+import parallel
+import settings
+import torch
+import torch.distributed as dist
+from checkpoint import Progress, resume, save
+from initial import initialise
+from step import Step, clip_gradients
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
+from weights import load_weights
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=f"Train {settings.MODEL_NAME}.")
+    parser.add_argument("--steps", type=int, default=20, help="train until this step")
+    parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate")
+    parser.add_argument("--min-lr", type=float, default=0.1, help="last rate, as a part of --lr")
+    parser.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
+    parser.add_argument("--decay", choices=["none", "linear", "cosine"], default="none")
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.95])
+    parser.add_argument(
+        "--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", default="data:batch", help="module:function, see data.py")
+    parser.add_argument("--weights", type=Path, help="start from these plain weights")
+    parser.add_argument("--save", type=Path, help="folder for checkpoints")
+    parser.add_argument("--save-every", type=int, default=0, help="steps; 0: only at the end")
+    parser.add_argument("--resume", type=Path, help="a checkpoint, or a folder of them")
+    parser.add_argument("--log-every", type=int, default=1, help="steps")
+    parser.add_argument("--metrics", type=Path, help="also write one JSON line per logged step")
+    return parser.parse_args()
+
+
+@record  # so that torchrun shows the traceback of the rank that failed first
+def main() -> None:
+    """One run, from the mesh to the last checkpoint."""
+    args = arguments()
+    parallel.init_mesh(settings.MESH)
+    stage = parallel.build(model.STAGES[parallel.axis_rank("pp")], model.BLOCKS)
+    optimizer = adamw(stage, args)
+    progress = Progress(seed=args.seed)
+    if args.resume:
+        progress = resume(args.resume, stage, optimizer)
+    elif args.weights:
+        load_weights(stage, args.weights)
+    else:
+        initialise(stage, args.seed)
+    torch.manual_seed(progress.seed)
+    samples = find(args.data)
+    step = Step(stage)
+    log = Log(args)
+    while progress.step < args.steps:
+        loss = step(own_rows(samples, progress))
+        norm = clip_gradients(stage, args.clip or float("inf"))
+        rate = learning_rate(progress.step, args)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        progress.step += 1
+        progress.samples += settings.GLOBAL_BATCH
+        log(progress.step, loss, norm, rate)
+        due = args.save_every and progress.step % args.save_every == 0
+        if args.save and (due or progress.step == args.steps):
+            save(args.save, stage, optimizer, progress)
+    dist.destroy_process_group()
+
+
+def adamw(stage: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
+    """AdamW; matrices decay, vectors (norms, biases) do not."""
+    trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=True)
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """The rate of a step, counted from 0."""
+    if step < args.warmup:
+        return float(args.lr * (step + 1) / args.warmup)
+    done = min(1.0, (step - args.warmup) / max(1, args.steps - args.warmup))
+    left = {"none": 1.0, "linear": 1 - done, "cosine": (1 + cos(pi * done)) / 2}[args.decay]
+    return float(args.lr * (args.min_lr + (1 - args.min_lr) * left))
+
+
+def find(path: str) -> Callable[..., dict[str, Tensor]]:
+    """The data function that `--data module:function` names."""
+    module, _, function = path.partition(":")
+    sys.path.append(str(Path.cwd()))
+    try:
+        found: Callable[..., dict[str, Tensor]] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SystemExit(f"--data {path}: expected module:function ({error})") from error
+    return found
+
+
+def own_rows(samples: Callable[..., dict[str, Tensor]], progress: Progress) -> dict[str, Tensor]:
+    """This data-parallel rank's rows of the next global batch, on its device."""
+    rows = settings.GLOBAL_BATCH // settings.MESH["dp"]
+    first = progress.samples + rows * parallel.axis_rank("dp")
+    batch = samples(range(first, first + rows), model.BATCH, settings.SEQ_LEN, progress.seed)
+    if set(batch) != set(model.BATCH):
+        raise ValueError(f"the data function gave {sorted(batch)}, not {sorted(model.BATCH)}")
+    moved = {
+        name: tensor.to(parallel.device(), non_blocking=True) for name, tensor in batch.items()
+    }
+    return {
+        name: t.to(parallel.model_dtype()) if t.is_floating_point() else t
+        for name, t in moved.items()
+    }
+
+
+class Log:
+    """Prints on rank 0 how training goes."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.quiet = dist.get_rank() != 0
+        self.since, self.began = 0, time.perf_counter()
+
+    def __call__(self, step: int, loss: Tensor, norm: Tensor, rate: float) -> None:
+        """One step is done; reading the loss waits for the device, so only where it is shown."""
+        self.since += 1
+        if self.quiet or (step % self.args.log_every and step != self.args.steps):
+            return
+        entry: dict[str, Any] = {"step": step, "loss": loss.item(), "gradient_norm": norm.item()}
+        now = time.perf_counter()
+        tokens = self.since * settings.GLOBAL_BATCH * settings.SEQ_LEN / (now - self.began)
+        self.since, self.began = 0, now
+        entry |= {"learning_rate": rate, "tokens_per_second": tokens}
+        print(
+            f"step {step:6d}  loss {entry['loss']:.6f}  norm {entry['gradient_norm']:.4f}  "
+            f"lr {rate:.3e}  tokens/s {tokens:,.0f}",
+            flush=True,
+        )
+        if self.args.metrics:
+            with self.args.metrics.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+if __name__ == "__main__":
+    main()

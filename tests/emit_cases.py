@@ -1,0 +1,142 @@
+"""Plans to emit: traced small models, planned layouts, and annotations drawn at random.
+
+A random annotation runs every op in any of its signatures, so that every conversion there is occurs
+somewhere: what a planner would never choose must be right too.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
+from math import prod
+from typing import Any
+
+from shardwright.ir.graph import Graph, Model, Value
+from shardwright.ir.mesh import Mesh
+from shardwright.ir.plan import Annotation, OpTypes, Plan
+from shardwright.ir.signature import Signature, signatures
+from shardwright.ir.types import AxisType, I, NdType, P, R, S
+from shardwright.planner.build import full_annotations, preamble_annotation
+
+
+class Drawing:
+    """Draws types of all blocks of a model along the tensor axes of a mesh."""
+
+    def __init__(self, model: Model, mesh: Mesh, seed: int) -> None:
+        self.model, self.mesh = model, mesh
+        self.axes = tuple(a.name for a in mesh.axes if a.parent == "tp")
+        self.random = random.Random(seed)
+
+    def annotations(self) -> dict[str, Annotation]:
+        """Types on (dp, tensor axes)."""
+        boundary: dict[str, NdType] = {}
+        stored: dict[str, NdType] = {}
+        tensor: dict[str, Annotation] = {}
+        for segment in self.model.segments:
+            graph = self.model.blocks[segment.block]
+            if segment.block in tensor:
+                annotation = tensor[segment.block]
+            else:
+                annotation = tensor[segment.block] = self._block(
+                    graph,
+                    [boundary.get(name) for name in segment.inputs],
+                    [stored.get(name) for name in segment.parameters],
+                    self._loops(segment.block),
+                    self.model.loss[0] in segment.outputs,
+                )
+            boundary |= dict(zip(segment.outputs, annotation.outputs, strict=True))
+            stored |= dict(zip(segment.parameters, annotation.parameters, strict=True))
+        return full_annotations(self.model, tensor)
+
+    def _loops(self, block: str) -> bool:
+        return sum(segment.block == block for segment in self.model.segments) > 1
+
+    def _block(
+        self,
+        graph: Graph,
+        inputs: list[NdType | None],
+        parameters: list[NdType | None],
+        loops: bool,
+        last: bool,
+    ) -> Annotation:
+        kinds = [
+            given or NdType.uniform(self.axes, R) for given in inputs
+        ]  # what the preamble made is whole
+        held = [
+            given or self._value(graph.values[name], (I,))
+            for name, given in zip(graph.parameters, parameters, strict=True)
+        ]
+        ops = {}
+        for op in graph.ops:
+            options = signatures(op, graph.values)
+            ops[op.name] = self._op(graph, op.operands, op.results, options)
+        outputs = []
+        for k, name in enumerate(graph.outputs):
+            value = graph.values[name]
+            if loops:
+                outputs.append(kinds[0])
+            elif last:
+                outputs.append(self._each((I, P) if value.grad else (R,)))
+            else:
+                outputs.append(self._value(value, (I, R, P) if k == 0 else (R,)))
+        return Annotation(tuple(kinds), tuple(held), ops, tuple(outputs))
+
+    def _op(
+        self,
+        graph: Graph,
+        operands: tuple[str, ...],
+        results: tuple[str, ...],
+        options: tuple[Signature, ...],
+    ) -> OpTypes:
+        names = operands + results
+        split = [o for o in options if o.factor is not None]
+        for _ in range(100):
+            chosen = [self.random.choice(split or options) if self.random.random() < 0.7
+                      else self.random.choice(options) for _ in self.axes]
+            types = [
+                NdType(tuple((a, (c.operands + c.results)[k]) for a, c in zip(self.axes, chosen, strict=True)))
+                for k in range(len(names))
+            ]
+            if all(self._fits(graph.values[n], t) for n, t in zip(names, types, strict=True)):
+                return OpTypes(tuple(types[: len(operands)]), tuple(types[len(operands) :]))
+        whole = next(o for o in options if o.factor is None and all(t is not P for t in o.results))
+        return OpTypes(
+            tuple(NdType.uniform(self.axes, t) for t in whole.operands),
+            tuple(NdType.uniform(self.axes, t) for t in whole.results),
+        )
+
+    def _each(self, kinds: tuple[AxisType, ...]) -> NdType:
+        return NdType(tuple((a, self.random.choice(kinds)) for a in self.axes))
+
+    def _value(self, value: Value, others: tuple[AxisType, ...]) -> NdType:
+        splits = [S(d, p) for d, sizes in enumerate(value.dims) for p, _ in enumerate(sizes)]
+        options = [
+            NdType(tuple(zip(self.axes, kinds, strict=True)))
+            for kinds in product([*splits, *others], repeat=len(self.axes))
+        ]
+        return self.random.choice([t for t in options if self._fits(value, t)])
+
+    def _fits(self, value: Value, types: NdType) -> bool:
+        for dim, sizes in enumerate(value.dims):
+            for part, size in enumerate(sizes):
+                pieces = prod(self.mesh[a].size for a in types.splitting(dim, part))
+                if size == "b" and pieces > 1:
+                    return False
+                if isinstance(size, int) and size % pieces:
+                    return False
+        return True
+
+
+def random_plan(plan: Plan, mesh: Mesh, seed: int) -> Plan:
+    """A plan of the same model and stages with types drawn at random."""
+    drawing = Drawing(plan.model, mesh, seed)
+    pp, dp = mesh["pp"].size, mesh["dp"].size
+    strategy = replace(plan.strategy, pp=pp, dp=dp, tp=mesh.size // (pp * dp))
+    annotations = drawing.annotations()
+    preamble = preamble_annotation(plan.model, mesh)
+    return replace(plan, mesh=mesh, strategy=strategy, annotations=annotations, preamble=preamble)
+
+
+Sizes = Mapping[str, Any]
