@@ -45,6 +45,12 @@ def _guarded(action: Callable[[], None], debug: bool) -> None:
         _fail(f"{type(error).__name__}: {error}", InvalidInput.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        _fail(f"internal error, please report it (--debug shows where): {error!r}", 1)
 
 
 def _fail(message: str, code: int) -> NoReturn:

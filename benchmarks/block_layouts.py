@@ -5,7 +5,9 @@
 One fast axis (8 GPUs of a node), one slow axis (8 nodes), and both jointly (the 8x8 mesh on which
 AutoParallel documents a plan: q/k/v and gate/up column-parallel, attention over batch x heads, the
 output projection sequence-parallel, down row-parallel, parameters split over both axes). Known
-layouts are stated as pins and priced by the same program under the same costs.
+layouts are stated as pins and priced by the same program under the same costs. A byte of parameter
+state costs a little (less than recomputation would pay for it), so that ZeRO, which is as fast as
+plain data parallelism here, is preferred to it.
 """
 
 from __future__ import annotations
@@ -29,6 +31,10 @@ Pins = Mapping[str, Mapping[str, str]]
 """Value of the layer block → axis → SBP type."""
 
 LAYER = "LlamaDecoderLayer"
+
+STATE_PRICE_S_PER_BYTE = 1e-12
+STATE_BYTES = 18
+"""bf16 copy, float32 gradient, master weight and two moments of a parameter."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +95,16 @@ def solved(model: Model, problem: Problem, pins: Pins | None = None) -> Typing:
     axes = tuple(problem.mesh[axis] for axis in problem.axes)
     binding = {"b": problem.sequences, "s": 8192}
     costs = ModelCosts(
-        Cluster.parse(problem.cluster), problem.mesh, axes, binding, Precision.preset("bf16"),
-        gather_parameters=True, values={n: g.values for n, g in model.blocks.items()},
-    )  # fmt: skip
+        Cluster.parse(problem.cluster),
+        problem.mesh,
+        axes,
+        binding,
+        Precision.preset("bf16"),
+        gather_parameters=True,
+        memory_price_s_per_byte=STATE_PRICE_S_PER_BYTE,
+        state_bytes=STATE_BYTES,
+        values={name: graph.values for name, graph in model.blocks.items()},
+    )
     types = {
         (LAYER, value): {axis: AxisType.parse(kind) for axis, kind in kinds.items()}
         for value, kinds in (pins or {}).items()

@@ -93,10 +93,19 @@ class Drawing:
         names = operands + results
         split = [o for o in options if o.factor is not None]
         for _ in range(100):
-            chosen = [self.random.choice(split or options) if self.random.random() < 0.7
-                      else self.random.choice(options) for _ in self.axes]
+            chosen = [
+                self.random.choice(split or options)
+                if self.random.random() < 0.7
+                else self.random.choice(options)
+                for _ in self.axes
+            ]
             types = [
-                NdType(tuple((a, (c.operands + c.results)[k]) for a, c in zip(self.axes, chosen, strict=True)))
+                NdType(
+                    tuple(
+                        (a, (c.operands + c.results)[k])
+                        for a, c in zip(self.axes, chosen, strict=True)
+                    )
+                )
                 for k in range(len(names))
             ]
             if all(self._fits(graph.values[n], t) for n, t in zip(names, types, strict=True)):

@@ -30,6 +30,7 @@ LAYOUTS: list[dict[str, Any]] = [
     dict(dp=2, tp=2, zero=0),
     dict(dp=2, tp=2, zero=3),
     dict(dp=2, tp=2, zero=1),
+    dict(dp=2, tp0=2, tp1=2, zero=3),
     dict(pp=2),
     dict(pp=2, schedule="gpipe", micro_batch=2),
     dict(pp=2, tp=2),
@@ -97,10 +98,12 @@ def test_mistakes_are_found_and_named(tmp_path: Path) -> None:
         edited(case(tmp_path / "h", dp=2), "logits = (", "assert axis('dp').rank(); logits = ("),
         edited(case(tmp_path / "i", dp=2), "logits = (", "import os; os._exit(3); logits = ("),
         Case(write(tmp_path / "j", tp=2), 4),
-        case(tmp_path / "k", tp=2),
+        # The pipeline wraps what a stage raises.
+        edited(case(tmp_path / "k", pp=2), "logits = (", "assert False, 'no head'; logits = ("),
+        case(tmp_path / "l", tp=2),
     ]
     results = compare(cases, Reference(Handwritten(), torch.float64))
-    assert [result["equal"] for result in results] == [False] * 10 + [True]
+    assert [result["equal"] for result in results] == [False] * 11 + [True]
     assert results[0]["worst_gradient"]["name"].endswith("gain")
     assert results[0]["loss"]["sharded"] == pytest.approx(results[0]["loss"]["single"], rel=1e-12)
     assert results[3]["worst_gradient"]["name"] == "model.embed.weight"
@@ -111,6 +114,7 @@ def test_mistakes_are_found_and_named(tmp_path: Path) -> None:
     assert errors[7] == "rank 0: AssertionError"
     assert errors[8] in [f"rank {i}: it died without a traceback" for i in range(2)]
     assert "this program runs on 2 ranks (pp=1 × dp=1 × tp=2), but 4 were started" in errors[9]
+    assert errors[10] == "rank 1: AssertionError: no head"
 
 
 @pytest.mark.slow

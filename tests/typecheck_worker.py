@@ -97,7 +97,9 @@ def check(index: int) -> None:
             made = out if isinstance(out, tuple) else (out,)
             for tensor, spec in zip(made, model.CARRIED[index], strict=True):
                 shape = spec.shape(settings.MICRO_BATCH, settings.SEQ_LEN)
-                assert tuple(tensor.shape) == shape, f"{spec.name}: {tuple(tensor.shape)} != {shape}"
+                assert tuple(tensor.shape) == shape, (
+                    f"{spec.name}: {tuple(tensor.shape)} != {shape}"
+                )
                 declare(tensor, spec.types)
 
 

@@ -1,11 +1,11 @@
 """From a plan to a folder of PyTorch source that trains: `emit(plan, folder)`.
 
-    program      model.py: `blocks`, `stages`, `counting`
-    parameters   parameters.py; `settings`: settings.py
-    body         statements over typed values; `lines`, `views` and `conversions` make them from ops
-                 and types, `peephole` joins them, `naming` writes them down
-    optable      how each kind of op is written
-    templates/   what every program has in common, copied as it is
+program      model.py: `blocks`, `stages`, `counting`
+parameters   parameters.py; `settings`: settings.py
+body         statements over typed values; `lines`, `views` and `conversions` make them from ops
+             and types, `peephole` joins them, `naming` writes them down
+optable      how each kind of op is written
+templates/   what every program has in common, copied as it is
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def _save(weights: Mapping[str, Any], path: Path) -> None:
     """A state dict as safetensors; tied tensors under each of their names."""
     from safetensors.torch import save_file
 
-    save_file({name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}, path)
+    save_file(
+        {name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}, path
+    )
 
 
 __all__ = ["emit"]

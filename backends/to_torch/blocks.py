@@ -9,6 +9,7 @@ from ...ir.graph import Graph, Segment
 from ...ir.plan import Annotation, Plan
 from ...ir.types import NdType
 from .body import Body
+from .lines import draws
 from .naming import Writer, identifier, returning
 from .peephole import simplify
 from .source import indented, text_block
@@ -39,9 +40,8 @@ def block_classes(plan: Plan) -> list[BlockClass]:
         while name in taken:
             name += "_"
         taken.add(name)
-        ops = plan.model.blocks[block].ops
-        draws = any(op.kind == "dropout" and op.attributes["p"] for op in ops)
-        classes.append(BlockClass(name, block, paths, tuple(segments), draws))
+        drawing = draws(plan.model.blocks[block])
+        classes.append(BlockClass(name, block, paths, tuple(segments), drawing))
     return classes
 
 
@@ -85,9 +85,7 @@ def graph_body(
     return body
 
 
-def write_class(
-    plan: Plan, target: Target, block: BlockClass, constants: dict[str, str]
-) -> str:
+def write_class(plan: Plan, target: Target, block: BlockClass, constants: dict[str, str]) -> str:
     """The source of a block's class."""
     graph, annotation = plan.model.blocks[block.block], plan.annotations[block.block]
     segments = [plan.model.segments[i] for i in block.segments]
@@ -105,8 +103,11 @@ def write_class(
     arguments += ", draw: Draw | None" if block.draws else ""
     returns = "Tensor" if len(result) == 1 else "tuple[Tensor, ...]"
     shapes = parameter_lines(target, graph, block.paths, stored)
-    frozen = [p for p, n in zip(block.paths, segments[0].parameters, strict=True)
-              if not plan.model.parameters[n].trainable]
+    frozen = [
+        p
+        for p, n in zip(block.paths, segments[0].parameters, strict=True)
+        if not plan.model.parameters[n].trainable
+    ]
     parts = [
         f"class {block.name}(nn.Module):",
         indented(text_block(_doc(target, body, segments, graph, annotation))),

@@ -6,6 +6,7 @@ the first line that needs them. `naming` then gives variables, `peephole` joins 
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -147,6 +148,10 @@ class Body:
         name = f"{name}_{taken}" if taken else name
         self.constants[name] = text
         return name
+
+    def constant_values(self) -> dict[str, Any]:
+        """The named literals, evaluated."""
+        return {name: ast.literal_eval(text) for name, text in self.constants.items()}
 
     def extent(self, size: Size) -> str:
         """The number of elements of a whole dim, read off an argument where one has it."""

@@ -103,9 +103,7 @@ def _inner(
         symbols = [i for i, size in enumerate(sizes[dim]) if size.symbol]
         free = symbols[0] if symbols else -1
         names = {"b": "MICRO_BATCH", "s": "SEQ_LEN"}
-        found[dim] = [
-            "-1" if i == free else size.text(names) for i, size in enumerate(sizes[dim])
-        ]
+        found[dim] = ["-1" if i == free else size.text(names) for i, size in enumerate(sizes[dim])]
     return found
 
 

@@ -24,7 +24,7 @@ def count_terms(plan: Plan, constants: dict[str, str]) -> str:
     mesh = Mesh(tuple(a if a.name == "dp" else Axis(a.name, 1, a.parent) for a in plan.mesh.axes))
     target = Target(mesh)
     graph, annotation = plan.model.blocks[segment.block], plan.annotations[segment.block]
-    head = 'def count_terms('
+    head = "def count_terms("
     if op.kind == "sum_loss":
         doc = '"""Number of terms of the loss: one, counted by the first data-parallel rank."""'
         return f'{head}**_: Tensor) -> int:\n    {doc}\n    return int(axis("dp").rank() == 0)'

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 
 from ...ir.errors import UnsupportedOp
-from ...ir.graph import Op
+from ...ir.graph import Graph, Op
 from ...ir.optable import TABLE
 from ...ir.rule import FactorName
 from . import views
@@ -74,6 +75,12 @@ def _vocabulary(body: Body, op: Op, reads: list[Form], writes: list[Form], opera
     return ", ".join(over)
 
 
+def draws(graph: Graph) -> bool:
+    """Whether a graph draws random numbers."""
+    keys = {"dropout": "p", "attention": "dropout"}
+    return any(op.attributes.get(keys.get(op.kind, "")) for op in graph.ops)
+
+
 Builder = Callable[[Body, Op, list[Form], list[Form]], Text]
 
 
@@ -89,6 +96,9 @@ def _attention(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Tex
     for key in ("causal", "window", "scale", "softcap"):
         if op.attributes.get(key):
             options += f", {key}={literal(op.attributes[key])}"
+    if p := op.attributes.get("dropout"):
+        body.draws = True
+        options += f', drop=({p}, draw, f"{{self.path}} {op.name}")'
     return lambda x: f"attention({', '.join(x)}{options}, {split})"
 
 
@@ -112,9 +122,10 @@ def _cross_entropy(body: Body, op: Op, reads: list[Form], writes: list[Form]) ->
 
 
 def _layer_norm(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
-    (size,) = body.target.local(body.values[reads[0][0]], reads[0][1])[-1]
+    dims = body.target.local(body.values[reads[0][0]], reads[0][1])
+    size = prod(size.number for size in dims[-1])
     eps = literal(op.attributes["eps"])
-    return lambda x: f"F.layer_norm({x[0]}, ({size.number},), {', '.join([*x[1:], f'eps={eps}'])})"
+    return lambda x: f"F.layer_norm({x[0]}, ({size},), {', '.join([*x[1:], f'eps={eps}'])})"
 
 
 def _rotary_table(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
@@ -133,11 +144,13 @@ def _rotary_table(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> 
 
 
 def _positions(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
-    value = body.values[writes[0][0]]
-    lead = "".join("None, " for dim in value.dims[:-1])
-    (size,) = value.dims[-1] or (1,)
-    count, device = body.extent(size), body.device()
-    index = f"[{lead}:]" if lead else ""
+    *lead, last = body.values[writes[0][0]].dims
+    count = " * ".join(body.extent(size) for size in last) or "1"
+    index = f"[{'None, ' * len(lead)}:]" if lead else ""
+    if any(lead):
+        sizes = [" * ".join(map(body.extent, dim)) or "1" for dim in lead]
+        index += f".expand({', '.join([*sizes, '-1'])})"
+    device = body.device()
     return lambda x: f"torch.arange({count}, device={device}){index}"
 
 
@@ -158,12 +171,27 @@ def _cast(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
 
 
 def _dropout(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
-    p = op.attributes["p"]
-    if not p:
+    if not op.attributes["p"]:
         return lambda x: x[0]
     body.draws = True
-    split = "{" + ", ".join(f'"{a}": {k.dim}' for a, k in reads[0][1] if k.is_split) + "}"
-    return lambda x: f'dropout({x[0]}, {p}, draw, f"{{self.path}} {op.name}", split={split})'
+    value, types = body.values[reads[0][0]], reads[0][1]
+    factors, split, rows = [], [], []
+    local = body.target.local(value, types)
+    for dim, sizes in enumerate(value.dims):
+        axes = order_within(types, dim)
+        if "b" in sizes:
+            rows = [f", rows=({dim}, {sizes.index('b')})"] if (dim, sizes.index("b")) != (0, 0) else []
+        fine = len(sizes) > 1 and ("b" in sizes or any(types[a].part for a in axes))
+        if fine:
+            texts = [size.text(body.symbols) for size in local[dim]]
+            factors.append(f"{dim}: ({', '.join(texts)})")
+        split += [f'"{a}": {(dim, types[a].part) if fine else dim}' for a in axes]
+    if not any("b" in sizes for sizes in value.dims):
+        rows = [", rows=None"]
+    options = f"split={{{', '.join(split)}}}" + "".join(rows)
+    options += f", factors={{{', '.join(factors)}}}" if factors else ""
+    p, name = op.attributes["p"], f'f"{{self.path}} {op.name}"'
+    return lambda x: f"dropout({x[0]}, {p}, draw, {name}, {options})"
 
 
 _BUILDERS: dict[str, Builder] = {

@@ -17,7 +17,16 @@ _CALLED = {"attention": ("q", "k", "v"), "cross_entropy": ("logits",)}
 
 _THROUGH = {"reshape", "permute", "rotary", "cast", "chunk", "expand", "slice"}
 
-RESERVED = {"attention", "axis", "checkpoint", "cross_entropy", "dropout", "embedding", "local", "nn"}
+RESERVED = {
+    "attention",
+    "axis",
+    "checkpoint",
+    "cross_entropy",
+    "dropout",
+    "embedding",
+    "local",
+    "nn",
+}
 RESERVED |= {"map", "rms_norm", "rotary", "rotary_table", "selective", "self", "softmax", "spmd"}
 RESERVED |= {"sum_loss", "shift_labels", "torch", "wide", "to_model", "draw", "layer", "layers"}
 
@@ -47,7 +56,9 @@ class Writer:
 
     def lines(self) -> list[str]:
         """The lines of the function but for its last, `return`."""
-        found = [f'{axis} = axis("{axis}")' for axis in self.body.target.axes if axis in self.body.axes]
+        found = [
+            f'{axis} = axis("{axis}")' for axis in self.body.target.axes if axis in self.body.axes
+        ]
         groups = _groups(self.body.statements)
         before = groups[0] if groups else ""
         for statement, group in zip(self.body.statements, groups, strict=True):
@@ -106,7 +117,11 @@ class Writer:
     def _wish(self, wish: str, statement: Statement) -> str:
         reads = statement.reads
         if wish == "@parameter":
-            named = [self.body.paths[name] for name, _ in _all_reads(statement) if name in self.body.paths]
+            named = [
+                self.body.paths[name]
+                for name, _ in _all_reads(statement)
+                if name in self.body.paths
+            ]
             path = named[0] if named else (statement.op.module + ".weight" if statement.op else "")
             stem = path.rpartition(".")[0].rpartition(".")[2] or "x"
             return _PLAIN.get(stem) or identifier(stem.removesuffix("_proj"))
@@ -142,7 +157,7 @@ def _called(statements: list[Statement]) -> dict[Form, str]:
 def returning(lines: list[str], result: list[str]) -> list[str]:
     """The lines with `return`, of the last expression itself where it is all that is returned."""
     start = f"{', '.join(result)} = "
-    if lines and lines[-1].startswith(start):
+    if lines and lines[-1].startswith(start) and len(result) == 1:
         return [*lines[:-1], f"return {lines[-1].removeprefix(start)}"]
     return [*lines, f"return {', '.join(result)}"]
 

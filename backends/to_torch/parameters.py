@@ -37,7 +37,9 @@ def parameters_source(plan: Plan) -> str:
         'value, stages.\n\nSee layout.py for what types and factors mean.\n"""'
     )
     body = "PARAMETERS: dict[str, Parameter] = {\n" + "\n".join(lines) + "\n}"
-    return f"{head}\n\nfrom __future__ import annotations\n\nfrom layout import Parameter\n\n{body}\n"
+    return (
+        f"{head}\n\nfrom __future__ import annotations\n\nfrom layout import Parameter\n\n{body}\n"
+    )
 
 
 def _dims(plan: Plan) -> dict[str, Dims]:

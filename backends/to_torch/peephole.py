@@ -26,6 +26,7 @@ def simplify(body: Body) -> None:
     """All of the below, in place."""
     _drop_aliases(body)
     _drop_dead(body)
+    _drop_casts(body)
     _densify_gradients(body)
     _join_biases(body)
     _inline(body)
@@ -52,6 +53,19 @@ def _drop_dead(body: Body) -> None:
             wanted |= set(statement.reads)
             kept.append(statement)
     body.statements = kept[::-1]
+
+
+def _drop_casts(body: Body) -> None:
+    """A cross-entropy computes wide by itself: it keeps the logits as narrow as they came."""
+    uses = body.uses()
+    for loss in [s for s in body.statements if s.op is not None and s.op.kind == "cross_entropy"]:
+        for cast in list(body.statements):
+            if cast.op is None or cast.op.kind != "cast" or cast.writes[0] != loss.reads[0]:
+                continue
+            wide = cast.op.attributes["to"] == "wide" and not cast.text(["x"]).startswith("on_")
+            if wide and uses[cast.writes[0]] == 1:
+                loss.reads[0] = cast.reads[0]
+                body.statements.remove(cast)
 
 
 def _densify_gradients(body: Body) -> None:

@@ -37,9 +37,7 @@ def model_source(plan: Plan) -> str:
     classes = block_classes(plan)
     wiring = Wiring(plan, target)
     blocks = [write_class(plan, target, block, constants) for block in classes]
-    stages = [
-        StageWriter(wiring, i, classes, constants).source() for i in range(len(plan.stages))
-    ]
+    stages = [StageWriter(wiring, i, classes, constants).source() for i in range(len(plan.stages))]
     count = count_terms(plan, constants)
     parts = [*blocks, *stages, count, _tables(plan, wiring, [c.name for c in classes])]
     body = "\n\n\n".join(parts)
@@ -64,14 +62,13 @@ def _constant(name: str, text: str) -> str:
     """A long literal in a few lines that a formatter leaves alone."""
     if len(text) < 80:
         return f"{name} = {text}"
-    lines = textwrap.wrap(text, 92, break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(text[1:-1], 95, break_long_words=False, break_on_hyphens=False)
     body = "\n".join(f"    {line}" for line in lines)
-    return f"# fmt: off\n{name} = (\n{body}\n)\n# fmt: on"
+    return f"# fmt: off\n{name} = {text[0]}\n{body},\n{text[-1]}\n# fmt: on"
 
 
 def _tables(plan: Plan, wiring: Wiring, blocks: list[str]) -> str:
     """BATCH, BLOCKS, STAGES, CARRIED and LOSS_TYPES."""
-    tuple_of = lambda names: "(" + "".join(f"{n}, " for n in names).rstrip() + ")"  # noqa: E731
     carried = []
     for boundary in range(len(plan.stages) - 1):
         items = [_carried(wiring, name) for name in wiring.carried(boundary)]
@@ -90,9 +87,9 @@ def _tables(plan: Plan, wiring: Wiring, blocks: list[str]) -> str:
             "}",
             "",
             "# classes that FSDP shards and gathers one by one",
-            f"BLOCKS = {tuple_of(blocks)}",
+            f"BLOCKS = {_tuple(blocks)}",
             "",
-            f"STAGES = {tuple_of([f'Stage{i}' for i in range(len(plan.stages))])}",
+            f"STAGES = {_tuple([f'Stage{i}' for i in range(len(plan.stages))])}",
             "",
             "# what stage i sends to stage i + 1: local shapes for b sequences of s tokens, dtypes, types",
             f"CARRIED = (\n{listed}\n)" if listed else "CARRIED = ()",
@@ -101,6 +98,10 @@ def _tables(plan: Plan, wiring: Wiring, blocks: list[str]) -> str:
             f"LOSS_TYPES = {loss_text}",
         ]
     )
+
+
+def _tuple(names: list[str]) -> str:
+    return f"({', '.join(names)}{',' if len(names) == 1 else ''})"
 
 
 def _carried(wiring: Wiring, name: str) -> str:
@@ -125,7 +126,9 @@ def _shape(target: Target, value: Value, types: LiveType) -> str:
 
 def _batch(plan: Plan, value: Value) -> str:
     """dtype, dims and the bound of integers: the vocabulary they index."""
-    dims = ", ".join(f'"{d[0]}"' if d and isinstance(d[0], str) else str(_number(d)) for d in value.dims)
+    dims = ", ".join(
+        f'"{d[0]}"' if d and isinstance(d[0], str) else str(_number(d)) for d in value.dims
+    )
     dtype = {"model": "float32", "wide": "float32"}.get(value.dtype, value.dtype)
     dims += "," if len(value.dims) == 1 else ""
     return f'("{dtype}", ({dims}), {_bound(plan, value)})'
@@ -177,8 +180,12 @@ def _doc(plan: Plan) -> str:
         f"    {a.name:<4} {a.size:>4}   {said.get(a.name, 'tensor parallel')}"
         for a in plan.mesh.axes
     ]
-    zero = {0: "replicated", 1: "optimizer state split (ZeRO 1)", 2: "gradients and state split (ZeRO 2)",
-            3: "parameters, gradients and state split (ZeRO 3)"}[s.zero]
+    zero = {
+        0: "replicated",
+        1: "optimizer state split (ZeRO 1)",
+        2: "gradients and state split (ZeRO 2)",
+        3: "parameters, gradients and state split (ZeRO 3)",
+    }[s.zero]
     text = [
         f"{plan.model.name} on {plan.mesh.size} ranks: {mesh}.",
         "",

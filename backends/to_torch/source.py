@@ -23,7 +23,7 @@ def text_block(text: str) -> str:
 
 def imports(text: str, known: Mapping[str, str]) -> str:
     """`from MODULE import NAME, …` for every known name that occurs; `known` maps name → module."""
-    words = set(re.findall(r"[A-Za-z_]\w*", re.sub(r'"""[\s\S]*?"""|#.*', "", text)))
+    words = set(re.findall(r"(?<![\w.])[A-Za-z_]\w*", re.sub(r'"""[\s\S]*?"""|#.*', "", text)))
     modules: dict[str, list[str]] = {}
     for name, module in known.items():
         if name in words:

@@ -11,6 +11,7 @@ from ...ir.plan import Plan, Recompute
 from ...ir.types import AxisType, NdType, R, S
 from .blocks import BlockClass, graph_body, parameter_lines, relative
 from .body import Body, Form, Statement, Text, needed_inputs
+from .lines import draws
 from .naming import Writer, identifier, returning
 from .peephole import simplify
 from .source import indented, text_block
@@ -126,7 +127,7 @@ class StageWriter:
         for run in self._children():
             lines.append(run)
         if any(self._draws(i) for i, _ in self.segments):
-            lines.append("self.forwards = 0")
+            lines += ['self.path = ""', "self.forwards = 0"]
         return lines or ["pass"]
 
     def _children(self) -> list[str]:
@@ -163,8 +164,7 @@ class StageWriter:
         return next(c for c in self.classes if segment in c.segments)
 
     def _draws(self, segment: int) -> bool:
-        graph = self.plan.model.blocks[self.plan.model.segments[segment].block]
-        return any(op.kind == "dropout" and op.attributes["p"] for op in graph.ops)
+        return draws(self.plan.model.blocks[self.plan.model.segments[segment].block])
 
     # --- the forward pass
 

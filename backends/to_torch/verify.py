@@ -150,15 +150,21 @@ def _job(case: Case, out: Path, root: Path, dtype: str) -> dict[str, Any]:
 def _start(jobs: Sequence[Mapping[str, Any]], root: Path) -> str:
     """Runs cases on one start of ranks; returns the rank that failed first, "" if none did."""
     timeout_s = START_TIMEOUT_S + CASE_TIMEOUT_S * len(jobs)
-    first_failure = root / "first-failure"
-    first_failure.unlink(missing_ok=True)
-    job = {"cases": list(jobs), "timeout_s": timeout_s, "first_failure": str(first_failure)}
-    (root / "job.json").write_text(json.dumps(job))
+    # Of this start alone: a store where ranks of an earlier one registered would mislead these.
+    here = Path(tempfile.mkdtemp(prefix="start-", dir=root))
+    first_failure = here / "first-failure"
+    job = {
+        "cases": list(jobs),
+        "timeout_s": timeout_s,
+        "first_failure": str(first_failure),
+        "stores": str(here),
+    }
+    (here / "job.json").write_text(json.dumps(job))
     loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
     environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback[0]} if loopback else {}
     environment = os.environ | environment | {"CUDA_VISIBLE_DEVICES": ""}
     # -P: the folder of the worker stays off sys.path, where its modules could hide a program's.
-    command = [sys.executable, "-P", str(WORKER), str(root / "job.json")]
+    command = [sys.executable, "-P", str(WORKER), str(here / "job.json")]
     with (root / "worker.log").open("w") as log:
         worker = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:

@@ -90,10 +90,10 @@ def _run_rank(job: dict[str, Any], rank: int) -> int:
         with error.open("w") as stacks:  # where it hangs, should time run out
             _watch(stacks, job["timeout_s"])
             try:
-                _run_case(case, rank, out)
-            except BaseException:
+                _run_case(case, rank, out, Path(job["stores"]) / out.name)
+            except BaseException as failure:
                 _blame(job["first_failure"], rank)
-                error.write_text(traceback.format_exc())
+                error.write_text(traceback.format_exc() + _root(failure))
                 return 1
             faulthandler.cancel_dump_traceback_later()
         error.unlink()
@@ -104,11 +104,19 @@ def _watch(stacks: TextIO, timeout_s: float) -> None:
     faulthandler.dump_traceback_later(max(1.0, timeout_s * 0.95), file=stacks)
 
 
-def _run_case(case: dict[str, Any], rank: int, out: Path) -> None:
+def _root(failure: BaseException) -> str:
+    """What went wrong first, in one line: pipelines raise their own error from a stage's."""
+    while failure.__cause__ is not None:
+        failure = failure.__cause__
+    said = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {said[0]}" if said else type(failure).__name__
+
+
+def _run_case(case: dict[str, Any], rank: int, out: Path, meeting: Path) -> None:
     """Runs one emitted program's step and writes what this rank has of the result."""
     folder, ranks = case["folder"], case["ranks"]
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    store = FileStore(str(out / "store"), ranks)
+    store = FileStore(str(meeting), ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     sys.path.insert(0, folder)
     before = set(sys.modules)

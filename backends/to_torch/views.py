@@ -133,7 +133,9 @@ def _product(body: Body, dim: tuple[LocalSize, ...]) -> str:
             number *= size.number
     if not symbols:
         return str(number)
-    return " * ".join([f"({s})" if "//" in s else s for s in symbols] + [str(number)] * (number > 1))
+    return " * ".join(
+        [f"({s})" if "//" in s else s for s in symbols] + [str(number)] * (number > 1)
+    )
 
 
 def permute(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
@@ -189,4 +191,4 @@ def slice_dim(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text
 def concat(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
     """Operands one after the other along a dim."""
     dim = op.attributes["dim"]
-    return lambda x: f"torch.cat(({', '.join(x)}), {dim})"
+    return lambda x: f"torch.cat([{', '.join(x)}], {dim})"

@@ -11,7 +11,7 @@ from ..errors import InvalidInput
 from ..graph import Init, Model, Parameter, Pin, Segment, Value
 from ..refine import Link, RawGraph, refine
 from .draft import Draft, Wire
-from .naming import Names, identifier
+from .naming import identifier
 from .prefix import Run
 from .segments import Drawn, Piece, crossing, cut, draw, draw_preamble
 
@@ -51,7 +51,7 @@ def assemble(
     raw_preamble, statics = draw_preamble(draft, static)
     order = {n: i for i, (n, _) in enumerate(module.named_parameters())}
     drawn = _drawn(draft, pieces, statics, order)
-    blocks, called = _blocks(pieces, drawn, twin, name)
+    blocks, called = _blocks(pieces, drawn, twin)
     calls = [
         _Call(
             block, each.module, each.parameters,
@@ -90,16 +90,18 @@ def _drawn(
 
 
 def _blocks(
-    pieces: Sequence[Piece], drawn: Sequence[Drawn], twin: nn.Module, name: str
+    pieces: Sequence[Piece], drawn: Sequence[Drawn], twin: nn.Module
 ) -> tuple[dict[str, RawGraph], list[str]]:
     """Distinct graphs by block name, and the block of each piece."""
-    names = Names()
     blocks: dict[str, RawGraph] = {}
     called: list[str] = []
     for i, (piece, each) in enumerate(zip(pieces, drawn, strict=True)):
         block = next((b for b, graph in blocks.items() if graph == each.graph), None)
         if block is None:
-            block = names.unique(_block_name(piece, i, len(pieces), twin, name))
+            base = _block_name(piece, i, len(pieces), twin)
+            count = 1
+            while (block := base if count == 1 else f"{base}{count}") in blocks:
+                count += 1
             blocks[block] = each.graph
         called.append(block)
     return blocks, called
@@ -121,7 +123,7 @@ def _pins(draft: Draft, called: Sequence[str], drawn: Sequence[Drawn]) -> Iterat
         yield Pin("activation", name, chosen)
 
 
-def _block_name(piece: Piece, index: int, count: int, twin: nn.Module, name: str) -> str:
+def _block_name(piece: Piece, index: int, count: int, twin: nn.Module) -> str:
     if piece.unit:
         found = type(twin.get_submodule(piece.unit))
         from_torch = found.__module__.startswith("torch.")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def real_buffers(module: nn.Module, twin: nn.Module) -> dict[str, Tensor]:
-    """Path → values, where they can be had; `twin` is the (shortened) copy on meta.
+    """Path → values, where they can be had; `twin` is the (shortened) copy.
 
     Buffers of Hugging Face models on meta are computed by the initialisation of the module that
     owns them, on the CPU. What stays on meta is an error only if the graph depends on it.

@@ -1,4 +1,4 @@
-"""torch.export of a module and its loss on meta tensors, flattened to one list of nodes."""
+"""torch.export of a module and its loss without values, flattened to one list of nodes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
 
 from ..errors import InvalidInput
@@ -54,7 +55,8 @@ class Exported:
 def example_of(module: nn.Module, inputs: Inputs, loss: Callable[..., Any] | None) -> Example:
     """Names the inputs, and deals them to the module's forward and to the loss.
 
-    Inputs that forward does not take go to the loss, after the module's output and in order.
+    The last of a sequence go to the loss, as many as it needs beside the module's output; of a
+    mapping, those that forward does not take, in order.
     Raises InvalidInput for inputs that nobody takes.
     """
     parameters = inspect.signature(module.forward).parameters
@@ -63,7 +65,8 @@ def example_of(module: nn.Module, inputs: Inputs, loss: Callable[..., Any] | Non
     if isinstance(inputs, Mapping):
         given: dict[str, Any] = dict(inputs)
     else:
-        names = [p.name for p in named] + (_loss_names(loss) if loss else [])
+        of_loss = _loss_names(loss) if loss else []
+        names = [p.name for p in named][: max(0, len(inputs) - len(of_loss))] + of_loss
         if len(inputs) > len(names):
             raise InvalidInput(
                 f"example_inputs: {len(inputs)} given, {type(module).__name__}.forward"
@@ -89,7 +92,10 @@ def example_of(module: nn.Module, inputs: Inputs, loss: Callable[..., Any] | Non
 
 
 def _loss_names(loss: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(loss).parameters)[1:]
+    """What a loss must be given beside the module's output."""
+    parameters = list(inspect.signature(loss).parameters.values())[1:]
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.kind in plain and p.default is p.empty]
 
 
 def _sequence_inputs(inputs: Mapping[str, Tensor]) -> frozenset[str]:
@@ -125,8 +131,9 @@ def run_export(
     example: Example,
     loss: Callable[..., Any] | None,
     buffers: Mapping[str, Tensor],
+    fake: FakeTensorMode,
 ) -> Exported:
-    """Exports a module that lies on meta, in training mode as given; `buffers` have real values.
+    """Exports a module of fake tensors, in training mode as given; `buffers` have real values.
 
     Raises InvalidInput, in one line, where the module cannot be traced, where its batch dim is not
     symbolic, or where it returns no scalar.
@@ -141,7 +148,8 @@ def run_export(
         if name in example.sequence:
             shape[1], dynamic[1] = max(2, lengths[0]), Dim.AUTO
         dtype = MODEL_DTYPE if tensor.is_floating_point() else tensor.dtype
-        inputs[name] = torch.zeros(shape, dtype=dtype, device="meta")
+        with fake:
+            inputs[name] = torch.empty(shape, dtype=dtype, device="cpu")
         shapes[name] = dynamic
     title = type(model).__name__
     with _where(model) as path, _quiet():
@@ -210,7 +218,7 @@ def _flattened(
             parameters[node] = training.get_parameter(path)
         elif path := signature.inputs_to_buffers.get(node.name):
             path = path.removeprefix("model.")
-            constants[node] = path, buffers.get(path, training.model.get_buffer(path))
+            constants[node] = path, buffers[path]
         elif path := signature.inputs_to_lifted_tensor_constants.get(node.name):
             constants[node] = path, program.constants[path]
         else:
@@ -240,15 +248,19 @@ def _symbols(inputs: Mapping[fx.Node, str], example: Example, title: str) -> dic
     symbols: dict[str, str] = {}
     for node, name in inputs.items():
         shape = node.meta["val"].shape
-        if isinstance(shape[0], int):
+        if not _is_symbol(shape[0]):
             raise InvalidInput(
                 f"{title} works for a batch of {shape[0]} only (dim 0 of {name!r}): the batch dim "
                 "must stay symbolic, so no number in the model may depend on it"
             )
         symbols[str(shape[0].node.expr)] = "b"
-        if name in example.sequence and not isinstance(shape[1], int):
+        if name in example.sequence and _is_symbol(shape[1]):
             symbols[str(shape[1].node.expr)] = "s"
     return symbols
+
+
+def _is_symbol(size: Any) -> bool:
+    return not isinstance(size, int) and bool(size.node.expr.is_Symbol)
 
 
 def _inline(module: fx.GraphModule) -> None:

@@ -1,6 +1,6 @@
 """How parameters start: read off what the model's own initialisation does to them.
 
-The initialisation is run on a copy on meta, and the in-place calls it makes are written down. Where
+The initialisation is run on a copy without values, and the in-place calls it makes are written down. Where
 it cannot be run, values that are there are measured.
 """
 
@@ -81,7 +81,7 @@ _CALLS: dict[str, Callable[..., Init | None]] = {
 
 
 def initialised(module: nn.Module) -> dict[int, Init]:
-    """Runs the initialisation of a module on meta; id of a parameter → how it starts.
+    """Runs the initialisation of a module without values; id of a parameter → how it starts.
 
     Buffers that lie on the CPU get their values by it, where the model's class does that.
     """
@@ -116,7 +116,7 @@ def inits_of(
     names: Mapping[nn.Parameter, str],
     recorded: Mapping[int, Init],
 ) -> dict[str, Init]:
-    """Logical name → init. `twin` is the copy on meta, `names` its parameters' names, `recorded`
+    """Logical name → init. `twin` is the copy without values, `names` its parameters' names, `recorded`
     what `initialised(twin)` found."""
     own = dict(module.named_parameters())
     is_pretrained = hasattr(module, "_init_weights")

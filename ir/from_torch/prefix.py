@@ -8,16 +8,20 @@ traces are equal is checked afterwards; where they are not, the model is traced 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import InvalidInput
 from ..graph import Pin
 from .export import MODEL_DTYPE
+
+
+LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,7 @@ class Run:
 def find_runs(module: nn.Module, path: str = "") -> list[Run]:
     """The outermost lists of modules, in order; lists whose children all differ are looked into."""
     runs: list[Run] = []
-    if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 0:
+    if isinstance(module, LISTS) and len(module):
         run = _run(module, path)
         if len(set(run.alike)) < len(run.alike) or len(run.alike) == 1 or not _lists(module):
             return [run]
@@ -48,11 +52,11 @@ def find_runs(module: nn.Module, path: str = "") -> list[Run]:
 
 def _lists(module: nn.Module) -> bool:
     return any(
-        isinstance(m, (nn.ModuleList, nn.Sequential)) for m in module.modules() if m is not module
+        isinstance(m, LISTS) for m in module.modules() if m is not module
     )
 
 
-def _run(module: nn.ModuleList | nn.Sequential, path: str) -> Run:
+def _run(module: nn.Module, path: str) -> Run:
     children = dict(module.named_children())
     kinds: dict[Any, int] = {}
     alike = [kinds.setdefault(_signature(child), len(kinds)) for child in children.values()]
@@ -97,25 +101,27 @@ def _is_index(name: str) -> bool:
     return any(part in lower for part in ("idx", "index", "layer_id", "layer_number", "layer_num"))
 
 
-def on_meta(
-    module: nn.Module, runs: Sequence[Run]
+def without_values(
+    module: nn.Module, runs: Sequence[Run], fake: FakeTensorMode
 ) -> tuple[nn.Module, dict[nn.Parameter, nn.Parameter]]:
-    """A copy on meta in which every run is cut to its prefix, and its parameters → the originals.
+    """A copy without values in which every run is cut to its prefix; its parameters → the originals.
 
     The user's module is not touched. Raises InvalidInput where it cannot be copied.
     """
     memo: dict[int, Any] = {}
-    for run in runs:
-        children = list(module.get_submodule(run.path).children())
-        for child in children[run.kept :]:
-            memo[id(child)] = nn.Identity()
+    cut = {run.child(i) for run in runs for i in range(run.kept, len(run.children))}
     originals: dict[nn.Parameter, nn.Parameter] = {}
-    for parameter in module.parameters():
-        twin = nn.Parameter(_meta(parameter), requires_grad=parameter.requires_grad)
-        memo[id(parameter)] = twin
-        originals[twin] = parameter
+    for path, child in _outside(module, cut):
+        if path in cut:
+            memo[id(child)] = nn.Identity()
+            continue
+        for parameter in child.parameters(recurse=False):
+            if id(parameter) not in memo:
+                twin = nn.Parameter(_fake(parameter, fake), requires_grad=parameter.requires_grad)
+                memo[id(parameter)] = twin
+                originals[twin] = parameter
     for buffer in module.buffers():
-        memo[id(buffer)] = _meta(buffer)
+        memo[id(buffer)] = _fake(buffer, fake)
     try:
         twin_module = copy.deepcopy(module, memo)
     except Exception as error:
@@ -127,9 +133,25 @@ def on_meta(
     return twin_module, originals
 
 
-def _meta(tensor: Tensor) -> Tensor:
+def _outside(
+    module: nn.Module, cut: Collection[str], path: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with their paths, and those that are cut without what is in them."""
+    yield path, module
+    if path not in cut:
+        for name, child in module.named_children():
+            yield from _outside(child, cut, f"{path}.{name}" if path else name)
+
+
+def _fake(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
+    """A tensor that says it is on the CPU and holds nothing.
+
+    On meta, what forward makes without naming a device would be elsewhere than the parameters, and
+    the numbers that it makes tensors of would be lost.
+    """
     dtype = MODEL_DTYPE if tensor.is_floating_point() else tensor.dtype
-    return torch.empty(tensor.shape, dtype=dtype, device="meta")
+    with fake:
+        return torch.empty(tensor.shape, dtype=dtype, device="cpu")
 
 
 def logical_names(

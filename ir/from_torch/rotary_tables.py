@@ -57,7 +57,7 @@ def _fitted(
     angles = _angles(wires[0], evaluation)
     row = torch.atan2(sin, cos)[1] if angles is None else _row(angles, length)
     if row.numel() == size:
-        row = row[: size // 2] if style == "half" else row[::2]
+        row = row[::2] if torch.equal(row[::2], row[1::2]) else row[: size // 2]
     want = torch.arange(length, dtype=torch.float64)[:, None] * _twice(row, style)
     tolerance = _STORED if angles is None else _COMPUTED
     for have, right in ((cos, want.cos() * scaling), (sin, want.sin() * scaling)):

@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..errors import InvalidInput
 from ..graph import Model
@@ -22,7 +24,7 @@ from .lift_loss import lift_loss
 from .lift_pointwise import lift_activations, lift_rms_norm
 from .lift_rotary import lift_rotary
 from .normalise import check, normalise
-from .prefix import Run, find_runs, logical_names, on_meta
+from .prefix import Run, find_runs, logical_names, without_values
 from .statics import fold_statics
 from .views import simplify_views
 
@@ -70,11 +72,12 @@ def _traced(
     name: str,
     runs: Sequence[Run],
 ) -> Model:
-    twin, originals = on_meta(module, runs)
+    fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    twin, originals = without_values(module, runs, fake)
     recorded = initialised(twin)
     mark_outputs(twin)
     names = logical_names(module, originals)
-    exported = run_export(twin, example, loss, real_buffers(module, twin))
+    exported = run_export(twin, example, loss, real_buffers(module, twin), fake)
     frozen = frozenset(n for n, p in module.named_parameters() if not p.requires_grad)
     draft = lifted(exported, names, frozen)
     present = {parameter: names[parameter] for parameter in twin.parameters()}

@@ -247,6 +247,12 @@ def _softplus(call: Call) -> Made:
     return call.add("softplus", [x], x.dims)
 
 
+def _detach(call: Call) -> Made:
+    """Nothing, for what has no gradient."""
+    x = call.tensors()[0]
+    return call.opaque() if x.carried else x
+
+
 def _where(call: Call) -> Made:
     """where(mask, x, number) fills x where the mask is False."""
     mask, x, other = call.optional("condition"), call.optional("self"), call.optional("other")
@@ -280,5 +286,6 @@ HANDLERS: dict[str, Callable[[Call], Made]] = {
     **dict.fromkeys(("sum", "mean"), _reduce),
     **dict.fromkeys(("softmax", "_softmax", "log_softmax", "_log_softmax"), _softmax),
     "softplus": _softplus,
+    "detach": _detach,
     "where": _where,
 }

@@ -8,7 +8,7 @@ see typed.py.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -91,10 +91,27 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, style: str = "half") -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, split: Split, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    split: Split,
+    drop: tuple[float, Draw | None, str] | None = None,
+    **options: Any,
 ) -> Tensor:
-    """softmax(scale · q kᵀ) v; query head k·g + j reads key head k. `mask` [b, t] is True where a
-    key may be looked at."""
+    """softmax(scale · q kᵀ) v; query head k·g + j reads key head k.
+
+    `mask` [b, t] is True where a key may be looked at. `drop` is the probability, draw and name of
+    a dropout of the weights.
+    """
+    if drop is not None and drop[1] is not None:
+        heads = {a: (1, "kg".index(str(loop))) for a, loop in split.items() if loop in ("k", "g")}
+        local = {1: (k.shape[1], q.shape[1] // k.shape[1])}
+        p, draw, name = drop
+        options["drop"] = partial(
+            dropout, p=p, draw=draw, name=name, split=heads, factors=local
+        )
     if mask is None:
         return _attention(q, k, v, split=split, **options)
     return _masked_attention(q, k, v, mask, split=split, **options)
@@ -207,7 +224,8 @@ def cross_entropy(
     """
     if vocab:
         return _SplitCrossEntropy.apply(logits, labels, vocab, ignore_index)  # type: ignore[no-any-return]
-    logits, labels = logits.flatten(0, -2), labels.flatten()
+    if logits.dim() > 2:
+        logits, labels = logits.flatten(0, -2), labels.flatten()
     return F.cross_entropy(wide(logits), labels, ignore_index=ignore_index, reduction="sum")
 
 
@@ -268,8 +286,10 @@ class _DenseGradient(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient.contiguous()
 
-
-spmd.register_local_autograd_function(_DenseGradient)
+    @staticmethod
+    def spmd_typecheck(result: Any, *, x: Tensor) -> None:
+        spmd.assert_type_like(spmd.assert_type(x, spmd.get_local_type(x)), x)
+        spmd.assert_type_like(result, x)
 
 
 def dense_gradient(x: Tensor) -> Tensor:
@@ -284,39 +304,60 @@ def dense_gradient(x: Tensor) -> Tensor:
 class Draw:
     """What the random numbers of one forward pass depend on: nothing of the layout.
 
-    `first_row` is the place of the microbatch's first sequence in the step's global batch.
+    `first_row` is the place of the microbatch's first sequence among the `rows` of the step's
+    global batch.
     """
 
     seed: int
     step: int
     first_row: int
+    rows: int
 
     @staticmethod
     def of(forwards: int, microbatches: int, micro_batch: int) -> Draw:
         """For a stage that has run so many forward passes since the start of the program."""
         step, microbatch = divmod(forwards, microbatches)
-        rows = microbatches * micro_batch
-        first = rows * axis("dp").rank() + microbatch * micro_batch
-        return Draw(torch.initial_seed(), step, first)
+        dp, rows = axis("dp"), microbatches * micro_batch
+        first = rows * dp.rank() + microbatch * micro_batch
+        return Draw(torch.initial_seed(), step, first, rows * dp.size())
 
 
-def dropout(x: Tensor, p: float, draw: Draw, name: str, split: Split) -> Tensor:
-    """Zeroes elements with probability p and scales the others by 1 / (1 - p).
+Place = tuple[int, int]
+"""A factor of a dim, as (dim, factor)."""
+
+
+def dropout(
+    x: Tensor,
+    p: float,
+    draw: Draw | None,
+    name: str,
+    split: Mapping[str, int | Place],
+    rows: Place | None = (0, 0),
+    factors: Mapping[int, tuple[int, ...]] | None = None,
+) -> Tensor:
+    """Zeroes elements with probability p and scales the others by 1 / (1 - p); none without `draw`.
 
     Which ones is a hash of the seed, the step, the op's name and the element's index in the full
-    tensor, dim 0 being the batch. `split` maps axes to dims.
+    tensor. `split` maps axes to dims, or to factors of them; `factors` gives the local factor sizes
+    of a dim of which an inner factor is split; `rows` is where the sequences of the batch are.
     """
-    dims = {dim: [a for a, d in split.items() if d == dim] for dim in range(x.dim())}
+    if draw is None:
+        return x
+    homes = {a: (home, 0) if isinstance(home, int) else home for a, home in split.items()}
     index = torch.zeros((), dtype=torch.int64, device=x.device)
     for dim, size in enumerate(x.shape):
-        along = torch.arange(size, dtype=torch.int64, device=x.device)
-        along = along + _offset([axis(a) for a in dims[dim] if a != "dp"], size)
-        if dim == 0:
-            along = along + draw.first_row
-        full = size * prod(axis(a).size() for a in dims[dim] if a != "dp")
-        index = index.unsqueeze(-1) * full + along
+        sizes = (factors or {}).get(dim, (size,))
+        for part, count in enumerate(sizes):
+            along = torch.arange(count, dtype=torch.int64, device=x.device)
+            if (dim, part) == rows:  # the ranks of dp, if there are any, have rows of their own
+                along, full = along + draw.first_row, draw.rows
+            else:
+                groups = [axis(a) for a, home in homes.items() if home == (dim, part)]
+                along = along + _offset(groups, count)
+                full = count * prod(group.size() for group in groups)
+            index = index.unsqueeze(-1) * full + along
     key = zlib.crc32(f"{draw.seed} {draw.step} {name}".encode())
-    kept = _uniform(index, key) >= p
+    kept = (_uniform(index, key) >= p).reshape(x.shape)
     return x * (kept.to(x.dtype) / (1 - p))
 
 

@@ -10,6 +10,7 @@ import importlib
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from math import cos, pi
 from pathlib import Path
@@ -56,17 +57,21 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """One run, from the mesh to the last checkpoint."""
     args = arguments()
+    # spmd_types calls torch's collectives by names that torch is about to change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="spmd_types")
     parallel.init_mesh(settings.MESH)
     stage = parallel.build(model.STAGES[parallel.axis_rank("pp")], model.BLOCKS)
     optimizer = adamw(stage, args)
     progress = Progress(seed=args.seed)
     if args.resume:
         progress = resume(args.resume, stage, optimizer)
-    elif args.weights:
-        load_weights(stage, args.weights)
+    elif args.weights or settings.WEIGHTS:
+        load_weights(stage, args.weights or Path(__file__).parent / settings.WEIGHTS)
     else:
         initialise(stage, args.seed)
     torch.manual_seed(progress.seed)
+    if hasattr(stage, "forwards"):  # dropout draws by the number of forward passes
+        stage.forwards = progress.step * settings.MICROBATCHES
     samples = find(args.data)
     step = Step(stage)
     log = Log(args)

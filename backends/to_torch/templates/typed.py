@@ -58,7 +58,9 @@ def lifted(rule: str, special: str = "") -> Callable[[Callable[..., Any]], Calla
             makes = tuple(
                 _types(_expand(shape, lead), split, flow, special=special) for shape in results
             )
-            typed = spmd.local_map(in_types=reads, out_types=makes[0] if len(makes) == 1 else makes)
+            # inside, the checker does not know that a lookup is linear, so that P may pass through
+            boundary = spmd.no_typecheck if spmd.P in flow.values() else spmd.local_map
+            typed = boundary(in_types=reads, out_types=makes[0] if len(makes) == 1 else makes)
             return typed(functools.update_wrapper(body, function))(*tensors)
 
         return call

@@ -1,0 +1,194 @@
+"""The command line: whole journeys, and bad input in one line with the right exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from shardwright.cli import app
+
+RUNNER = CliRunner()
+SMALL = ["--cluster", "h100-sxm:1", "--global-batch", "16", "--seq-len", "2048"]
+
+
+def run(*arguments: str) -> Result:
+    return RUNNER.invoke(app, list(arguments))
+
+
+def fails(code: int, *arguments: str) -> str:
+    """Runs a command that must fail with one line on stderr and no traceback."""
+    result = run(*arguments)
+    assert result.exit_code == code, (result.stdout, result.stderr)
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert "Traceback" not in result.output
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def plan_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    result = run("plan", "llama-3.1-8b", *SMALL, "--fix", "tp=4", "-o", str(path))
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def test_plan_prints_json_that_scripts_rely_on() -> None:
+    result = run("plan", "llama-3.1-8b", *SMALL, "--json", "--top", "3")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert {
+        "pp",
+        "vpp",
+        "dp",
+        "cp",
+        "tp",
+        "ep",
+        "zero",
+        "micro_batch",
+        "schedule",
+        "recompute",
+    } <= (data["strategy"].keys())
+    assert {"step_seconds", "tokens_per_second", "mfu", "memory_bytes", "memory_limit_bytes"} <= (
+        data["predicted"].keys()
+    )
+    certificate = data["certificate"]
+    assert 0 <= certificate["gap"] < 1
+    assert certificate["lower_bound_seconds"] <= data["predicted"]["step_seconds"]
+    assert len(data["parameters"]) == 32 * 9 + 3
+    norm = data["parameters"]["model.norm.weight"]
+    assert norm["stages"] == [data["strategy"]["pp"] - 1]
+    assert set(norm["sbp"].values()) <= {"I", "R", "P", "S(0)"}
+    assert len(data["alternatives"]) == 2
+
+
+def test_plan_explain_emit(plan_file: Path, tmp_path: Path) -> None:
+    explained = run("explain", str(plan_file))
+    assert explained.exit_code == 0
+    assert "What binds" in explained.stdout and "all_gather" in explained.stdout
+    emitted = run("emit", str(plan_file), "--backend", "torch", "-o", str(tmp_path / "out"))
+    assert emitted.exit_code == 0, emitted.output
+    source = (tmp_path / "out" / "model.py").read_text()
+    assert "class LlamaDecoderLayer" in source
+    for path in (tmp_path / "out").glob("*.py"):
+        assert "shardwright" not in path.read_text().replace("Shardwright", ""), path
+
+
+def test_list_names_presets() -> None:
+    result = run("plan", "--list")
+    assert result.exit_code == 0
+    for name in ("llama-3.1-405b", "gpt3-175b", "h100-sxm", "mi300x"):
+        assert name in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", "llama-3.1-8", *SMALL], "llama-3.1-8b"),
+        (["plan", "llama-3.1-8b", "--cluster", "h100:2", "--global-batch", "8", "--seq-len", "128"],
+         "h100-sxm"),
+        (["plan", "llama-3.1-8b", "--cluster", "h100-sxm:2"], "--global-batch"),
+        (["plan", "llama-3.1-8b", *SMALL, "--fix", "tp=3"], "tp=3"),
+        (["plan", "llama-3.1-8b", *SMALL, "--precision", "int4"], "int4"),
+        (["plan"], "MODEL"),
+        (["explain", "no-such.json"], "no-such.json"),
+        (["emit", "no-such.json", "-o", "out"], "no-such.json"),
+        (["verify", "no-such.json"], "no-such.json"),
+        (["verify", "llama-3.1-8b", "--layout", "tp=2", "--dtype", "int8"], "int8"),
+        (["verify", "llama-3.1-8b", "--layout", "tp=2,bogus=1"], "bogus"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(arguments: list[str], said: str) -> None:
+    assert said in fails(2, *arguments)
+
+
+def test_a_batch_that_no_layout_divides() -> None:
+    said = fails(
+        2, "plan", "llama-3.1-8b", "--cluster", "h100-sxm:1", "--global-batch", "7",
+        "--seq-len", "2048", "--fix", "dp=8",
+    )  # fmt: skip
+    assert "7" in said and "8" in said
+
+
+def test_a_model_too_large() -> None:
+    said = fails(
+        3, "plan", "llama-3.1-70b", "--cluster", "a100-40g:1", "--global-batch", "64",
+        "--seq-len", "8192",
+    )  # fmt: skip
+    assert "short" in said and "smallest cluster that fits" in said
+
+
+def test_broken_plan_files(plan_file: Path, tmp_path: Path) -> None:
+    data = json.loads(plan_file.read_text())
+    truncated = tmp_path / "truncated.json"
+    truncated.write_text(plan_file.read_text()[:5000])
+    assert "truncated.json" in fails(2, "explain", str(truncated))
+    newer = tmp_path / "newer.json"
+    newer.write_text(json.dumps({**data, "version": 99}))
+    assert "newer" in fails(2, "explain", str(newer))
+    other = tmp_path / "other.json"
+    other.write_text("[1, 2]")
+    fails(2, "explain", str(other))
+
+
+MODELS = """
+import torch
+from torch import nn
+
+class Sorts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+    def forward(self, x, y):
+        return ((self.inner(x).sort(-1).values - y) ** 2).mean()
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+    def forward(self, x, y):
+        h = self.inner(x)
+        if h.sum() > 0:
+            h = h * 2
+        return ((h - y) ** 2).mean()
+
+def _inputs():
+    return {"x": torch.zeros(4, 16), "y": torch.zeros(4, 16)}
+
+def sorts():
+    return Sorts(), _inputs()
+
+def branches():
+    return Branches(), _inputs()
+
+def nothing():
+    return 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("sorts", "sort"), ("branches", "Branches"), ("nothing", "nothing"), ("absent", "absent")],
+)
+def test_models_that_cannot_be_planned(
+    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "odd_models.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("odd_models", None)
+    message = fails(2, "plan", f"odd_models:{name}", *SMALL)
+    assert said in message
+
+
+def test_a_damaged_config(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"model_type": "llama", ')
+    assert "config.json" in fails(2, "plan", str(path), *SMALL)
+    path.write_text('{"model_type": "no-such-architecture"}')
+    assert "no-such-architecture" in fails(2, "plan", str(path), *SMALL)
+    path.write_text("[]")
+    fails(2, "plan", str(path), *SMALL)
