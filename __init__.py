@@ -121,6 +121,11 @@ def trace(
 
     if isinstance(model, str | Path):
         return from_torch.trace_spec(str(model))
+    if example_inputs is None:
+        raise InvalidInput(
+            f"{type(model).__name__}: give example_inputs= as well, a tensor for every input "
+            "(meta tensors are fine)"
+        )
     return from_torch.trace(model, example_inputs, loss=loss)
 
 

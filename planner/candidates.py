@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..ir import InvalidInput
-from .request import Request, repeated
+from .request import Request, pinned_stages, repeated
 
 MAX_MICRO_BATCH = 16
 """Sequences per microbatch beyond which the search does not go unless told to: kernels have long
@@ -56,10 +56,11 @@ def _enumerate(request: Request) -> Iterator[Candidate]:
     world, batch = cluster.world_size, request.workload.global_batch
     layers = repeated(request.model).count
     widest = max(8, cluster.devices_per_node)
+    pinned = max((stage for stage in pinned_stages(request.model) if stage is not None), default=0)
     for pp in divisors(world):
         if fix.pp not in (None, pp) or (fix.stages and len(fix.stages) != pp):
             continue
-        if pp > layers and fix.pp is None:
+        if pp <= pinned or pp > len(request.model.segments) or (pp > layers and fix.pp is None):
             continue
         for tp in divisors(world // pp):
             if fix.tp not in (None, tp) or (fix.tp is None and tp > widest):
@@ -91,9 +92,12 @@ def _zero_stages(request: Request, dp: int) -> list[int]:
 def _why_none(request: Request) -> str:
     fix, world, batch = request.fix, request.cluster.world_size, request.workload.global_batch
     fixed = f" with {fix}" if str(fix) != "nothing" else ""
-    layers = repeated(request.model).count
-    if fix.pp and fix.pp > layers + 2:
-        return f"--fix: pp={fix.pp} stages, but the model has only {layers} layers to share out"
+    segments = len(request.model.segments)
+    if fix.pp and fix.pp > segments:
+        return f"--fix: pp={fix.pp} stages, but the model has only {segments} pieces to share out"
+    for pin in request.model.pins:
+        if pin.stage >= (fix.pp or world):
+            return f"pin {pin.name}: stage={pin.stage}, but there are only {fix.pp or world} stages"
     tried = sorted(
         {
             world // pp // tp

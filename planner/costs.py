@@ -117,7 +117,7 @@ class ModelCosts:
         return prod(bind(size, self.binding) for dim in value.dims for size in dim) // ways
 
     def _collective(self, kind: Collective, axis: str, full_bytes: int) -> float:
-        if kind in ("none", "slice", "keep_one", "pad"):
+        if kind == "none" or kind == "slice" or kind == "keep_one" or kind == "pad":
             return 0.0
         key = (kind, axis, full_bytes)
         if key not in self._collectives:

@@ -185,7 +185,8 @@ class _Builder:
         """Types that agree with the pins on a value. Raises Infeasible naming a pin that cannot
         hold."""
         pins = self.pins.get((block, value), {})
-        pins = {axis: kind for axis, kind in pins.items() if axis in dict(self.whole.axes)}
+        wide = {axis.name for axis in self.axes if axis.size > 1}
+        pins = {axis: kind for axis, kind in pins.items() if axis in wide}
         kept = [k for k in kinds if all(k[axis] == kind for axis, kind in pins.items())]
         if not kept:
             shown = ", ".join(f"{axis}={kind}" for axis, kind in pins.items()) or "no pin"

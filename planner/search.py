@@ -134,7 +134,10 @@ class Search:
         if not done:
             if not short:
                 raise InvalidInput(self._useless())
-            raise Infeasible(self._shortage(*min(short)))
+            needed, candidate = min(short)
+            if needed == float("inf"):
+                raise Infeasible(self._contradiction(candidate))
+            raise Infeasible(self._shortage(needed, candidate))
         done.sort(key=lambda o: (o.seconds, o.candidate))
         tied = [o for o in done if o.seconds <= done[0].seconds * (1 + TIE)]
         chosen = min(tied, key=self._preference)
@@ -315,6 +318,15 @@ class Search:
 
     # --- messages --------------------------------------------------------------------------------
 
+    def _contradiction(self, candidate: Candidate) -> str:
+        pins = ", ".join(f"{p.name}={p.stage}" for p in self.request.model.pins if p.stage >= 0)
+        stages = self.request.fix.stages
+        layers = f" and stages={'-'.join(map(str, stages))}" if stages else ""
+        return (
+            f"no cut into pp={candidate.pp} stages keeps the stage pins ({pins}){layers}: stages "
+            "are contiguous, in order, and hold at least one layer or end of the model each"
+        )
+
     def _useless(self) -> str:
         return (
             f"--fix: tp={self.request.fix.tp}: no operation of the model can be split over "
@@ -344,12 +356,12 @@ class Search:
 
         def fits(count: int) -> bool:
             cluster = _resized(self.request.cluster, count)
-            other = Search(replace(self.request, cluster=cluster, fix=free), self.solver)
-            other._inner = self._inner  # the same blocks on the same devices
             try:
+                other = Search(replace(self.request, cluster=cluster, fix=free), self.solver)
                 options = candidates(other.request)
             except InvalidInput:
                 return False
+            other._inner = self._inner  # the same blocks on the same devices
             thrifty = [c for c in options if c.zero in (0 if c.dp == 1 else 3, free.zero)]
             smallest = min((c.micro_batch for c in thrifty), default=0)
             thrifty = [c for c in thrifty if c.micro_batch == smallest]

@@ -6,19 +6,110 @@ somewhere: what a planner would never choose must be right too.
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from math import prod
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+import shardwright as sw
 from shardwright.ir.graph import Graph, Model, Value
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.plan import Annotation, OpTypes, Plan
 from shardwright.ir.signature import Signature, signatures
 from shardwright.ir.types import AxisType, I, NdType, P, R, S
 from shardwright.planner.build import full_annotations, preamble_annotation
+
+
+class PlainBlock(nn.Module):
+    """Attention with fused projections and a Sequential, as people write them."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, s, h = x.shape
+        q, k, v = (
+            part.view(b, s, self.heads, h // self.heads).transpose(1, 2)
+            for part in self.qkv(self.norm(x)).chunk(3, -1)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(b, s, h))
+        return x + self.mlp(self.norm2(x))
+
+
+class Plain(nn.Module):
+    """A module without a loss of its own."""
+
+    def __init__(self, width: int = 32, heads: int = 4, layers: int = 6) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, width)
+        self.blocks = nn.ModuleList(PlainBlock(width, heads) for _ in range(layers))
+        self.head = nn.Linear(width, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def mean_square(output: Tensor, wanted: Tensor) -> Tensor:
+    return F.mse_loss(output, wanted)
+
+
+@functools.cache
+def module(name: str, layers: int = 6) -> nn.Module:
+    """A small model with values: `llama` (two key heads), `gpt2` (tied, fused), `plain`."""
+    torch.manual_seed(0)
+    if name == "plain":
+        return Plain(layers=layers)
+    config: Any
+    if name == "llama":
+        config = transformers.LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=layers, vocab_size=64,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        )  # fmt: skip
+    else:
+        config = transformers.GPT2Config(
+            n_embd=32, n_head=4, n_layer=layers, vocab_size=64, n_positions=64, bos_token_id=0,
+            eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )  # fmt: skip
+    config.use_cache = False
+    made: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
+    return made
+
+
+@functools.cache
+def traced(name: str, layers: int = 6) -> Model:
+    """The graph of a small model."""
+    if name == "plain":
+        batch = {"x": torch.zeros(2, 32, 8), "wanted": torch.ones(2, 32, 8)}
+        return sw.trace(module(name, layers), batch, loss=mean_square)
+    ids, labels = (torch.zeros(2, 32, dtype=torch.long) for _ in range(2))
+    return sw.trace(module(name, layers), {"input_ids": ids, "labels": labels})
+
+
+def small_plan(
+    name: str, layout: str, ranks: int, *, precision: str = "fp64", layers: int = 6
+) -> Plan:
+    """The planner's own types for a layout of a small model."""
+    nodes = f"{-(-ranks // 8)}x{min(ranks, 8)}"
+    work = sw.Workload(global_batch=2 * ranks, seq_len=32, precision=precision)
+    cluster = sw.Cluster.parse(f"h100-sxm:{nodes}")
+    return sw.plan(traced(name, layers), cluster, work, fix=layout)
 
 
 class Drawing:
@@ -146,6 +237,3 @@ def random_plan(plan: Plan, mesh: Mesh, seed: int) -> Plan:
     annotations = drawing.annotations()
     preamble = preamble_annotation(plan.model, mesh)
     return replace(plan, mesh=mesh, strategy=strategy, annotations=annotations, preamble=preamble)
-
-
-Sizes = Mapping[str, Any]

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from shardwright.ir import InvalidInput, UnsupportedOp
 from shardwright.ir.from_torch import (
-    load_model, preset_names, scale_config, trace, trace_loaded, trace_spec,
+    load_model,
+    preset_names,
+    scale_config,
+    trace,
+    trace_loaded,
+    trace_spec,
 )  # fmt: skip
 from shardwright.ir.graph import Model, Op
 
@@ -71,8 +76,8 @@ def test_a_layer_is_lifted_to_ops_of_the_table(llama: Model) -> None:
     kinds = [op.kind for op in llama.blocks["LlamaDecoderLayer"].ops]
     assert kinds == [
         "rms_norm", "linear", "reshape", "permute", "linear", "reshape", "permute", "linear",
-        "reshape", "permute", "rotary", "rotary", "attention", "permute", "reshape", "linear", "add",
-        "rms_norm", "linear", "silu", "linear", "mul", "linear", "add",
+        "reshape", "permute", "rotary", "rotary", "attention", "permute", "reshape", "linear",
+        "add", "rms_norm", "linear", "silu", "linear", "mul", "linear", "add",
     ]  # fmt: skip
     (attention,) = ops(llama, "LlamaDecoderLayer", "attention")
     assert attention.name == "self_attn.attention" and attention.sizes["k"] == 8
@@ -148,7 +153,9 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (t.unflatten(-1, (4, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        q, k, v = (
+            t.unflatten(-1, (4, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1)
+        )
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return x + self.dropout(self.out(y.transpose(1, 2).flatten(2)))
 
@@ -217,7 +224,7 @@ def test_a_padding_mask_becomes_an_operand() -> None:
 @pytest.mark.parametrize(
     "mask",
     [
-        lambda ids, _: (ids[:, None, :, None] >= ids[:, None, None, :]),  # of the tokens
+        lambda ids, _: ids[:, None, :, None] >= ids[:, None, None, :],  # of the tokens
         lambda ids, _: band(ids, 10**6) * 0.1,  # a bias
         lambda ids, _: band(ids, 10**6).roll(1, 0),
         lambda ids, _: ~band(ids, 3) | torch.eye(ids.shape[1], dtype=torch.bool),

@@ -80,7 +80,7 @@ def assert_same(
     total, count = run_model(model, own, inputs)
     have = total / count
     found = torch.autograd.grad(have, list(own.values()))
-    assert abs(float(have - want)) <= 1e-10 * abs(float(want))
+    assert abs(have.item() - want.item()) <= 1e-10 * abs(want.item())
     largest = max(float(g.norm()) for g in wanted)
     for name, ours, theirs in zip(own, found, wanted, strict=True):
         scale = max(float(theirs.norm()), 1e-6 * largest)
@@ -157,6 +157,145 @@ def test_plain_transformer() -> None:
     assert [s.block for s in model.segments].count("Layer") == 2
     module = perturbed(module)
     assert_same(model, module, inputs, lambda: module(**inputs))
+
+
+class ComplexRotary(nn.Module):
+    """The reference code of Llama: complex numbers, sequence before heads, a dict of layers."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (
+                nn.Linear(32, n, bias=False) for n in (32, 16, 16, 32)
+            )
+            self.scale = nn.Parameter(torch.ones(32))
+
+        def norm(self, x: Tensor) -> Tensor:
+            wide = x.float()
+            return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).type_as(x)
+
+        def forward(self, x: Tensor, turn: Tensor) -> Tensor:
+            b, s, _ = x.shape
+            h = self.norm(x) * self.scale
+            q, k, v = (f(h).view(b, s, -1, 8) for f in (self.q, self.k, self.v))
+            q, k = self.rotate(q, turn), self.rotate(k, turn)
+            k, v = (torch.repeat_interleave(t, 2, dim=2).transpose(1, 2) for t in (k, v))
+            y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True)
+            return x + self.o(y.transpose(1, 2).reshape(b, s, -1))
+
+        @staticmethod
+        def rotate(x: Tensor, turn: Tensor) -> Tensor:
+            pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+            return torch.view_as_real(pairs * turn[None, :, None]).flatten(3).type_as(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, 32)
+        self.layers = nn.ModuleDict({str(i): self.Layer() for i in range(4)})
+        self.head = nn.Linear(32, 64, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        inverse = 10000.0 ** (-torch.arange(0, 8, 2).float() / 8)
+        angles = torch.outer(torch.arange(ids.shape[1]).float(), inverse)
+        turn = torch.polar(torch.ones_like(angles), angles)
+        x = self.embed(ids)
+        for layer in self.layers.values():
+            x = layer(x, turn)
+        return self.head(x)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def test_complex_rotary() -> None:
+    torch.manual_seed(0)
+    module = ComplexRotary()
+    inputs = tokens()
+    model = trace(module, list(inputs.values()), loss=cross_entropy)
+    assert [s.block for s in model.segments] == ["Embedding", *["Layer"] * 4, "Head"]
+    module = perturbed(module)
+    given = {"ids": inputs["input_ids"], "labels": inputs["labels"]}
+    assert_same(model, module, given, lambda: cross_entropy(module(given["ids"]), given["labels"]))
+
+
+class WrittenOut(nn.Module):
+    """Attention by matrix products, with a stored mask; an update in place; a tied head."""
+
+    class Layer(nn.Module):
+        mask: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(32, bias=False)
+            self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+            self.register_buffer("mask", torch.tril(torch.ones(40, 40)).view(1, 1, 40, 40))
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, s, h = x.shape
+            q, k, v = (
+                t.view(b, s, 4, -1).transpose(1, 2) for t in self.qkv(self.norm(x)).split(h, 2)
+            )
+            scores = (q @ k.transpose(-2, -1)) * (1.0 / k.shape[-1] ** 0.5)
+            scores = scores.masked_fill(self.mask[:, :, :s, :s] == 0, float("-inf"))
+            y = F.dropout(F.softmax(scores, -1), 0.1, self.training) @ v
+            y = self.out(y.transpose(1, 2).contiguous().view(b, s, h))
+            y += x
+            return y
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(64, 32), nn.Embedding(40, 32)
+        self.layers = nn.ModuleList(self.Layer() for _ in range(3))
+        self.head = nn.Linear(32, 64, bias=False)
+        self.tokens.weight = self.head.weight
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
+        for layer in self.layers:
+            x = layer(x)
+        logits = self.head(x)
+        return F.cross_entropy(logits.view(-1, 64), labels.view(-1), ignore_index=-100)
+
+
+def test_attention_written_out() -> None:
+    torch.manual_seed(0)
+    module = WrittenOut()
+    inputs = tokens()
+    given = {"ids": inputs["input_ids"], "labels": inputs["labels"]}
+    model = trace(module, given)
+    (attention,) = (op for op in model.blocks["Layer"].ops if op.kind == "attention")
+    assert attention.attributes["causal"] and attention.attributes["dropout"] == 0.1
+    module = perturbed(module)
+    assert_same(model, module, given, lambda: module(**given))
+
+
+class Einsum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, 32)
+        self.up = nn.Parameter(torch.randn(32, 4, 8) / 6)
+        self.down = nn.Parameter(torch.randn(4, 8, 64) / 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        heads = torch.einsum("bsh,hnd->bnsd", self.embed(ids), self.up)
+        scores = torch.einsum("bnsd,bntd->bnst", heads, heads) / 11
+        mixed = torch.einsum("bnst,bntd->bnsd", scores, heads) + heads
+        return torch.einsum("bnsd,ndv->bsv", mixed, self.down)
+
+
+def test_einsum_and_a_summed_loss() -> None:
+    torch.manual_seed(0)
+    module = Einsum()
+    inputs = tokens()
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.transpose(1, 2), labels, reduction="sum") / 8
+
+    model = trace(module, list(inputs.values()), loss=loss)
+    module = perturbed(module)
+    given = {"ids": inputs["input_ids"], "labels": inputs["labels"]}
+    assert_same(model, module, given, lambda: loss(module(given["ids"]), given["labels"]))
 
 
 def test_mlp_with_mse() -> None:

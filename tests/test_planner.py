@@ -16,7 +16,7 @@ from shardwright.planner import Fix, Request, Search
 from shardwright.planner.candidates import candidates
 from shardwright.planner.costs import ModelCosts
 from shardwright.planner.inner import evaluate
-from shardwright.planner.sbp_program import Chain, solve
+from shardwright.planner.sbp_program import solve
 from shardwright.planner.search import Outcome
 
 LAYER = "model.layers.0."

@@ -85,6 +85,12 @@ def graph_body(
     return body
 
 
+def drop_count(plan: Plan, segment: Segment, body: Body) -> None:
+    """The count of loss terms is known before (counting.py): no function returns it."""
+    kept = zip(segment.outputs, body.outputs, strict=True)
+    body.outputs = [form for name, form in kept if name != plan.model.loss[1]]
+
+
 def write_class(plan: Plan, target: Target, block: BlockClass, constants: dict[str, str]) -> str:
     """The source of a block's class."""
     graph, annotation = plan.model.blocks[block.block], plan.annotations[block.block]
@@ -95,10 +101,10 @@ def write_class(plan: Plan, target: Target, block: BlockClass, constants: dict[s
         for path, name in zip(block.paths, segments[0].parameters, strict=True)
     }
     body = graph_body(target, graph, annotation, block.paths, stored, constants)
+    drop_count(plan, segments[0], body)
     simplify(body)
     writer = Writer(body)
-    lines = writer.lines()
-    result = writer.result()
+    lines, result = writer.lines(), writer.result()
     arguments = "".join(f", {v}: Tensor" for v in body.inputs.values())
     arguments += ", draw: Draw | None" if block.draws else ""
     returns = "Tensor" if len(result) == 1 else "tuple[Tensor, ...]"
@@ -110,7 +116,7 @@ def write_class(plan: Plan, target: Target, block: BlockClass, constants: dict[s
     ]
     parts = [
         f"class {block.name}(nn.Module):",
-        indented(text_block(_doc(target, body, segments, graph, annotation))),
+        indented(text_block(_doc(target, body, segments, graph))),
         "",
         f"    def __init__(self{', path: str' if block.draws else ''}) -> None:",
         "        super().__init__()",
@@ -145,15 +151,13 @@ def _register(module: str, shapes: list[str], frozen: list[str]) -> str:
     return f"add_parameters(\n    {module},\n    {{\n{listed}\n    }},{tail}\n)"
 
 
-def _doc(
-    target: Target, body: Body, segments: list[Segment], graph: Graph, annotation: Annotation
-) -> str:
+def _doc(target: Target, body: Body, segments: list[Segment], graph: Graph) -> str:
     """What the class is: where it stands, what it takes and gives."""
     lines = [f"{_places([s.module for s in segments])}.", ""]
     for name, variable in body.inputs.items():
         lines.append(f"{variable}: {_described(target, graph, name, body.made[name])}")
-    for name, types in zip(graph.outputs, annotation.outputs, strict=True):
-        lines.append(f"returns: {_described(target, graph, name, target.live(types))}")
+    for name, types in body.outputs:
+        lines.append(f"returns: {_described(target, graph, name, types)}")
     return "\n".join(lines)
 
 

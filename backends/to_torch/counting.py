@@ -7,7 +7,7 @@ from ...ir.graph import Op, Segment
 from ...ir.mesh import Axis, Mesh
 from ...ir.plan import Plan
 from .body import Body, Statement, needed_inputs
-from .naming import Writer, identifier
+from .naming import Writer, keyword_name
 from .peephole import simplify
 from .source import indented
 from .stages import Wiring, add_constants
@@ -40,7 +40,7 @@ def count_terms(plan: Plan, constants: dict[str, str]) -> str:
         batch = {plan.model.inputs[0].name}
     for value in plan.model.inputs:
         if value.name in batch:
-            body.argument(value, wiring.types[value.name], identifier(value.name))
+            body.argument(value, wiring.types[value.name], keyword_name(value.name))
     arguments = "".join(f"{v}: Tensor, " for v in body.inputs.values())
     head += f"{arguments}**_: Tensor)"
     if op.kind != "cross_entropy":

@@ -52,13 +52,13 @@ def splits(op: Op, reads: Sequence[Form], writes: Sequence[Form]) -> dict[str, F
 
 
 def _split_text(op: Op, reads: Sequence[Form], writes: Sequence[Form]) -> str:
-    """`split={"dp": 0, "tp": "v"}`: loops of leading dims by number, others by name."""
+    """`, split={"dp": 0, "tp": "v"}`: loops of leading dims by number, others by name."""
     found = []
     for axis, factor in splits(op, reads, writes).items():
         base = factor.split("_")[0]
         lead = base[1:] if base[0] == "n" and base[1:].isdigit() else ""
         found.append(f'"{axis}": {lead or repr(base)}')
-    return "split={" + ", ".join(found).replace("'", '"') + "}"
+    return ", split={" + ", ".join(found).replace("'", '"') + "}" if found else ""
 
 
 def _vocabulary(body: Body, op: Op, reads: list[Form], writes: list[Form], operand: int) -> str:
@@ -99,7 +99,7 @@ def _attention(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Tex
     if p := op.attributes.get("dropout"):
         body.draws = True
         options += f', drop=({p}, draw, f"{{self.path}} {op.name}")'
-    return lambda x: f"attention({', '.join(x)}{options}, {split})"
+    return lambda x: f"attention({', '.join(x)}{options}{split})"
 
 
 def _embedding(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
@@ -107,7 +107,7 @@ def _embedding(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Tex
     options = "" if padding is None else f", padding_idx={padding}"
     if vocab := _vocabulary(body, op, reads, writes, 0):
         split = _split_text(op, reads, writes)
-        return lambda x: f"embedding({x[0]}, {x[1]}, vocab=[{vocab}]{options}, {split})"
+        return lambda x: f"embedding({x[0]}, {x[1]}, vocab=[{vocab}]{options}{split})"
     text: Text = lambda x: f"F.embedding({x[1]}, {x[0]}{options})"  # noqa: E731
     return views.unseen(text, reads[0], writes[0]) if views.has_partial(reads[0]) else text
 
@@ -118,7 +118,7 @@ def _cross_entropy(body: Body, op: Op, reads: list[Form], writes: list[Form]) ->
     if vocab := _vocabulary(body, op, reads, writes, 0):
         options = f", vocab=[{vocab}]" + options
     split = _split_text(op, reads, writes)
-    return lambda x: f"cross_entropy({x[0]}, {x[1]}{options}, {split})"
+    return lambda x: f"cross_entropy({x[0]}, {x[1]}{options}{split})"
 
 
 def _layer_norm(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
@@ -188,10 +188,11 @@ def _dropout(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
         split += [f'"{a}": {(dim, types[a].part) if fine else dim}' for a in axes]
     if not any("b" in sizes for sizes in value.dims):
         rows = [", rows=None"]
-    options = f"split={{{', '.join(split)}}}" + "".join(rows)
+    options = f", split={{{', '.join(split)}}}" if split else ""
+    options += "".join(rows)
     options += f", factors={{{', '.join(factors)}}}" if factors else ""
     p, name = op.attributes["p"], f'f"{{self.path}} {op.name}"'
-    return lambda x: f"dropout({x[0]}, {p}, draw, {name}, {options})"
+    return lambda x: f"dropout({x[0]}, {p}, draw, {name}{options})"
 
 
 _BUILDERS: dict[str, Builder] = {

@@ -7,6 +7,7 @@ import keyword
 import re
 from collections.abc import Iterable
 
+from ...ir.errors import InvalidInput
 from .body import Body, Form, Statement
 
 _PLAIN = dict.fromkeys(("o_proj", "out_proj", "down_proj", "c_proj", "dense", "fc2"), "x")
@@ -38,6 +39,13 @@ def identifier(text: str) -> str:
         name = f"x{name}"
     if name in RESERVED or keyword.iskeyword(name) or hasattr(builtins, name):
         name += "_"
+    return name
+
+
+def keyword_name(name: str) -> str:
+    """The argument for a batch tensor, which callers pass by its name."""
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise InvalidInput(f"batch input {name!r}: its name must be usable as a Python argument")
     return name
 
 
@@ -123,14 +131,15 @@ class Writer:
                 if name in self.body.paths
             ]
             path = named[0] if named else (statement.op.module + ".weight" if statement.op else "")
-            stem = path.rpartition(".")[0].rpartition(".")[2] or "x"
+            parts = [part for part in path.split(".")[:-1] if not part.isdigit()]
+            stem = parts[-1] if parts else "x"
             return _PLAIN.get(stem) or identifier(stem.removesuffix("_proj"))
         if wish == "@module":
             return "x"
         if wish == "@stream":
-            inputs = set(self.body.inputs.values())
+            stream = next(iter(self.body.inputs.values()), "")
             bases = [self._base(form) for form in reads]
-            return next((base for base in bases if base in inputs), bases[0])
+            return stream if stream in bases else bases[0]
         if wish:
             return identifier(wish)
         if not reads:

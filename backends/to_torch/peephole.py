@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ...ir.optable import TABLE
 from .body import Body, Form, Statement, Text
 
 _LINEAR = {"linear", "linear_io"}
@@ -56,9 +57,9 @@ def _drop_dead(body: Body) -> None:
 
 
 def _drop_casts(body: Body) -> None:
-    """A cross-entropy computes wide by itself: it keeps the logits as narrow as they came."""
+    """Losses compute wide by themselves: a cross-entropy keeps the logits as narrow as they came."""
     uses = body.uses()
-    for loss in [s for s in body.statements if s.op is not None and s.op.kind == "cross_entropy"]:
+    for loss in [s for s in body.statements if s.op and TABLE[s.op.kind].work == "loss"]:
         for cast in list(body.statements):
             if cast.op is None or cast.op.kind != "cast" or cast.writes[0] != loss.reads[0]:
                 continue

@@ -9,10 +9,10 @@ from typing import Any
 from ...ir.graph import Segment, Value
 from ...ir.plan import Plan, Recompute
 from ...ir.types import AxisType, NdType, R, S
-from .blocks import BlockClass, graph_body, parameter_lines, relative
+from .blocks import BlockClass, drop_count, graph_body, parameter_lines, relative
 from .body import Body, Form, Statement, Text, needed_inputs
 from .lines import draws
-from .naming import Writer, identifier, returning
+from .naming import Writer, identifier, keyword_name, returning
 from .peephole import simplify
 from .source import indented, text_block
 from .target import LiveType, Target, shown
@@ -199,7 +199,7 @@ class StageWriter:
         batch = needed_inputs(plan.model.preamble, tables) | read
         for value in plan.model.inputs:
             if value.name in batch:
-                body.argument(value, self.wiring.types[value.name], identifier(value.name))
+                body.argument(value, self.wiring.types[value.name], keyword_name(value.name))
         add_constants(body, plan, batch)
         body.add_graph(plan.model.preamble, plan.preamble, tables)
         self._calls(body)
@@ -312,12 +312,15 @@ class StageWriter:
         graph, annotation = plan.model.blocks[segment.block], plan.annotations[segment.block]
         stored = plan.parameter_types()
         body = graph_body(target, graph, annotation, segment.parameters, stored, self.constants)
-        kept = zip(segment.outputs, body.outputs, strict=True)
-        body.outputs = [form for name, form in kept if name != plan.model.loss[1]]
+        drop_count(plan, segment, body)
         simplify(body)
         writer = Writer(body)
         lines, result = writer.lines(), writer.result()
+        held = {s.module.split(".")[0] for _, s in self.segments}
+        held |= {path.split(".")[0] for _, s in self.segments for path in s.parameters}
         name = _method_name(segment.block)
+        if name in held | _TAKEN:
+            name = f"run_{name}"
         while name in self.methods.values():
             name += "_"
         self.methods[index] = name
@@ -329,6 +332,9 @@ class StageWriter:
         doc = f'"""The model\'s own ops. Returns {types or "plain tensors"}."""'
         return "\n".join([head, indented("\n".join([doc, *returning(lines, result)]))])
 
+
+_TAKEN = {"forward", "train", "eval", "apply", "type", "to", "half", "float", "double", "children"}
+"""Names that a torch module has a use for."""
 
 _METHODS = {"embedding": "embed"}
 """Blocks whose method has a more usual name than the block's own."""

@@ -96,13 +96,14 @@ def _blocks(
     blocks: dict[str, RawGraph] = {}
     called: list[str] = []
     for i, (piece, each) in enumerate(zip(pieces, drawn, strict=True)):
-        block = next((b for b, graph in blocks.items() if graph == each.graph), None)
-        if block is None:
-            base = _block_name(piece, i, len(pieces), twin)
-            count = 1
-            while (block := base if count == 1 else f"{base}{count}") in blocks:
-                count += 1
-            blocks[block] = each.graph
+        same = [b for b, graph in blocks.items() if graph == each.graph]
+        block = base = _block_name(piece, i, len(pieces), twin)
+        count = 1
+        while not same and block in blocks:
+            count += 1
+            block = f"{base}{count}"
+        block = same[0] if same else block
+        blocks[block] = each.graph
         called.append(block)
     return blocks, called
 

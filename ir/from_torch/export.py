@@ -52,6 +52,17 @@ class Exported:
     symbols: Mapping[str, str]
 
 
+_BATCH, _SEQUENCE = 2, 16
+
+
+def token_inputs() -> dict[str, Tensor]:
+    """Token ids and labels: two tensors, as one would be traced as one input."""
+    return {
+        name: torch.zeros(_BATCH, _SEQUENCE, dtype=torch.long, device="meta")
+        for name in ("input_ids", "labels")
+    }
+
+
 def example_of(module: nn.Module, inputs: Inputs, loss: Callable[..., Any] | None) -> Example:
     """Names the inputs, and deals them to the module's forward and to the loss.
 

@@ -1,7 +1,7 @@
 """How parameters start: read off what the model's own initialisation does to them.
 
-The initialisation is run on a copy without values, and the in-place calls it makes are written down. Where
-it cannot be run, values that are there are measured.
+The initialisation is run on a copy without values, and the in-place calls it makes are written
+down. Where it cannot be run, values that are there are measured.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..graph import Init
 
@@ -24,59 +25,60 @@ _SAMPLE = 65536
 """Elements that are looked at when values are measured."""
 
 
-class Recorder(TorchFunctionMode):
-    """Writes down what in-place initialisation does to parameters, by id."""
+class Recorder(TorchDispatchMode):
+    """Writes down what in-place initialisation does to tensors, by id."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: dict[int, Init] = {}
 
-    def __torch_function__(
+    def __torch_dispatch__(
         self,
-        func: Callable[..., Any],
+        func: Any,
         types: Sequence[type],
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if args and isinstance(args[0], Tensor) and name in _CALLS:
-            init = _CALLS[name](self.found.get(id(args[0])), *args[1:], **kwargs)
-            if init is not None:
+        name = str(func).removeprefix("aten.").split(".")[0]
+        if name in _CALLS:
+            numbers = [float(a) for a in args[1:] if isinstance(a, (int, float))]
+            before = self.found.get(id(args[0]))
+            if (init := _CALLS[name](before, numbers)) is not None:
                 self.found[id(args[0])] = init
-        return func(*args, **kwargs)
+        return func(*args, **(kwargs or {}))
 
 
-def _normal(_: Init | None, mean: float = 0.0, std: float = 1.0, **__: Any) -> Init:
-    return Init("normal", float(std))
+Step = Callable[[Init | None, Sequence[float]], Init | None]
 
 
-def _uniform(_: Init | None, low: float = 0.0, high: float = 1.0, **__: Any) -> Init:
-    """`erfinv_` of (-1, 1) is how truncated normals begin."""
-    return Init("uniform", float(max(abs(low), abs(high))))
+def _normal(_: Init | None, numbers: Sequence[float]) -> Init:
+    return Init("normal", (*numbers, *(0.0, 1.0)[len(numbers) :])[1])
 
 
-def _erfinv(_: Init | None) -> Init:
-    return Init("normal", 1 / sqrt(2))
+def _uniform(_: Init | None, numbers: Sequence[float]) -> Init:
+    low, high = (*numbers, *(0.0, 1.0)[len(numbers) :])
+    return Init("uniform", max(abs(low), abs(high)))
 
 
-def _scaled(before: Init | None, factor: Any = 1.0, *_: Any, **__: Any) -> Init | None:
-    if before is None or not isinstance(factor, (int, float)):
-        return None
-    return Init(before.kind, before.value * float(factor))
+def _erfinv(_: Init | None, __: Sequence[float]) -> Init:
+    return Init("normal", 1 / sqrt(2))  # of uniform numbers: how truncated normals begin
 
 
-def _constant(value: float) -> Callable[..., Init]:
-    return lambda _, *args, **kwargs: Init("constant", float(args[0]) if args else value)
+def _scaled(before: Init | None, numbers: Sequence[float]) -> Init | None:
+    return Init(before.kind, before.value * numbers[0]) if before and numbers else None
 
 
-_CALLS: dict[str, Callable[..., Init | None]] = {
+def _constant(_: Init | None, numbers: Sequence[float]) -> Init:
+    return Init("constant", numbers[0] if numbers else 0.0)
+
+
+_CALLS: dict[str, Step] = {
     "normal_": _normal,
     "uniform_": _uniform,
     "erfinv_": _erfinv,
     "mul_": _scaled,
-    "zero_": _constant(0.0),
-    "fill_": _constant(0.0),
+    "zero_": _constant,
+    "fill_": _constant,
 }
 
 
@@ -116,8 +118,8 @@ def inits_of(
     names: Mapping[nn.Parameter, str],
     recorded: Mapping[int, Init],
 ) -> dict[str, Init]:
-    """Logical name → init. `twin` is the copy without values, `names` its parameters' names, `recorded`
-    what `initialised(twin)` found."""
+    """Logical name → init. `twin` is the copy without values, `names` its parameters' names,
+    `recorded` what `initialised(twin)` found."""
     own = dict(module.named_parameters())
     is_pretrained = hasattr(module, "_init_weights")
     found: dict[str, Init] = {}

@@ -168,7 +168,9 @@ def _sequence_dim(found: _Rotation) -> int:
     return found.x.rank + present[-1] if present else 2
 
 
-def _add_tables(draft: Draft, table: Table, s: tuple[Size, ...], d: tuple[Size, ...]) -> tuple[Wire, Wire]:
+def _add_tables(
+    draft: Draft, table: Table, s: tuple[Size, ...], d: tuple[Size, ...]
+) -> tuple[Wire, Wire]:
     first = draft.ops[0]
     positions = draft.add("positions", [], (s,), dtype="int64", before=first)
     dims = ((), s, d)

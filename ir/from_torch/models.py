@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from ..errors import InvalidInput
 from ..graph import Model
+from .export import token_inputs
 from .inits import skeleton
 from .presets import nearest, preset_config, preset_names
 from .scaling import scale_config
 from .trace import trace
 
-_BATCH, _SEQUENCE = 2, 16
 _LARGEST_REAL = 500_000_000
 """Parameters of a model with values: 2 GB in float32."""
 
@@ -188,16 +188,8 @@ def _from_config(name: str, config: Any, small: bool, tp: int, layers: int | Non
             f"in transformers ({first})"
         ) from None
     return LoadedModel(
-        name, module, _token_inputs(), None, json.loads(json.dumps(source, default=str))
+        name, module, token_inputs(), None, json.loads(json.dumps(source, default=str))
     )
-
-
-def _token_inputs() -> dict[str, Tensor]:
-    """Token ids and labels: two tensors, as one would be traced as one input."""
-    return {
-        name: torch.zeros(_BATCH, _SEQUENCE, dtype=torch.long, device="meta")
-        for name in ("input_ids", "labels")
-    }
 
 
 def _from_callable(path: str, small: bool) -> LoadedModel:
@@ -238,7 +230,7 @@ def _called(
                 f"model {path!r}: it returns {type(module).__name__} without example inputs; "
                 "return (module, example_inputs)"
             )
-        inputs = _token_inputs()
+        inputs = token_inputs()
     if isinstance(inputs, Tensor):
         inputs = (inputs,)
     return module, inputs, loss

@@ -20,7 +20,6 @@ from ..errors import InvalidInput
 from ..graph import Pin
 from .export import MODEL_DTYPE
 
-
 LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
@@ -51,9 +50,7 @@ def find_runs(module: nn.Module, path: str = "") -> list[Run]:
 
 
 def _lists(module: nn.Module) -> bool:
-    return any(
-        isinstance(m, LISTS) for m in module.modules() if m is not module
-    )
+    return any(isinstance(m, LISTS) for m in module.modules() if m is not module)
 
 
 def _run(module: nn.Module, path: str) -> Run:
@@ -104,7 +101,7 @@ def _is_index(name: str) -> bool:
 def without_values(
     module: nn.Module, runs: Sequence[Run], fake: FakeTensorMode
 ) -> tuple[nn.Module, dict[nn.Parameter, nn.Parameter]]:
-    """A copy without values in which every run is cut to its prefix; its parameters → the originals.
+    """A copy without values, every run cut to its prefix, and its parameters → the originals.
 
     The user's module is not touched. Raises InvalidInput where it cannot be copied.
     """

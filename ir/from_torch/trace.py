@@ -17,7 +17,7 @@ from .assemble import Unlike, assemble
 from .buffers import real_buffers
 from .draft import Draft
 from .evaluate import Settings, settings
-from .export import Example, Exported, example_of, run_export
+from .export import Example, Exported, Inputs, example_of, run_export, token_inputs
 from .inits import initialised, inits_of
 from .lift_attention import lift_attention
 from .lift_loss import lift_loss
@@ -31,7 +31,7 @@ from .views import simplify_views
 
 def trace(
     module: nn.Module,
-    example_inputs: Mapping[str, Tensor] | Sequence[Tensor],
+    example_inputs: Mapping[str, Tensor] | Sequence[Tensor] | None = None,
     *,
     loss: Callable[..., Any] | None = None,
     name: str = "",
@@ -42,7 +42,8 @@ def trace(
         module: on meta or with real values; it is not changed. Its training mode is kept.
         example_inputs: by name, or in forward's order. Their values do not matter, only rank, dtype
             and which dims agree: dim 0 is the batch `b`; dim 1 of token ids [b, s] and of features
-            [b, s, h] is the sequence `s`. Inputs that forward does not take go to the loss.
+            [b, s, h] is the sequence `s`. Inputs that forward does not take go to the loss. None
+            will do for a Hugging Face causal language model.
         loss: called with the module's output and the inputs that forward does not take, in order;
             for a module that does not return the scalar itself (as it is, or as `.loss`).
         name: what to call the model; its class by default.
@@ -50,7 +51,7 @@ def trace(
     Raises InvalidInput for a module that cannot be traced and UnsupportedOp for an operation
     without a rule, each in one line that names the place.
     """
-    example = example_of(module, example_inputs, loss)
+    example = example_of(module, _given(module, example_inputs), loss)
     name = name or type(module).__name__
     runs = find_runs(module)
     if any(run.kept < len(run.children) for run in runs):
@@ -63,6 +64,16 @@ def trace(
         return _traced(module, example, loss, name, whole)
     except Unlike as error:
         raise AssertionError(f"a full trace has nothing to compare: {error}") from error
+
+
+def _given(module: nn.Module, inputs: Inputs | None) -> Inputs:
+    if inputs is not None:
+        return inputs
+    if hasattr(getattr(module, "config", None), "model_type"):
+        return token_inputs()
+    raise InvalidInput(
+        f"{type(module).__name__}: give example_inputs, tensors by name or in forward's order"
+    )
 
 
 def _traced(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..rule import Size
 from .call import Call
 from .dims import elements
 from .draft import Wire
@@ -247,6 +248,46 @@ def _softplus(call: Call) -> Made:
     return call.add("softplus", [x], x.dims)
 
 
+def _einsum(call: Call) -> Made:
+    """Two operands without traces: permutes, reshapes, and a linear layer or a matrix product."""
+    text = str(call.args["equation"]).replace(" ", "")
+    left, arrow, out = text.partition("->")
+    terms = left.split(",")
+    wires = [wire for node in call.args["tensors"] if isinstance(wire := call.wires[node], Wire)]
+    if len(terms) != 2 or len(wires) != 2 or not arrow or "." in text:
+        return call.opaque()
+    x, w = wires
+    a, b = terms
+    if any(len(set(term)) < len(term) for term in (a, b, out)) or not set(a) ^ set(b) <= set(out):
+        return call.opaque()  # a trace, or an index that is summed in one operand alone
+    if not set(a) & set(b) - set(out):
+        return call.opaque()  # no product of matrices
+    size = dict(zip(a, x.dims, strict=True)) | dict(zip(b, w.dims, strict=True))
+    both = [i for i in a if i in b and i in out]
+    summed = [i for i in a if i in b and i not in out]
+    rows, columns = [i for i in a if i not in b], [i for i in b if i not in a]
+
+    def merged(names: list[str]) -> tuple[Size, ...]:
+        return tuple(n for i in names for n in size[i])
+
+    def shaped(wire: Wire, term: str, order: list[str], dims: list[tuple[Size, ...]]) -> Wire:
+        turned = call.permute(wire, [term.index(i) for i in order])
+        return call.reshape(turned, tuple(dims))
+
+    lead = [size[i] for i in both]
+    y = shaped(w, b, both + summed + columns, [*lead, merged(summed), merged(columns)])
+    if not both and w.role == "parameter":
+        keep = [size[i] for i in rows]
+        z = shaped(x, a, rows + summed, [*keep, merged(summed)])
+        product = call.add("linear_io", [z, y], (*keep, merged(columns)))
+    else:
+        z = shaped(x, a, both + rows + summed, [*lead, merged(rows), merged(summed)])
+        product = call.add("matmul", [z, y], (*lead, merged(rows), merged(columns)))
+    order = both + rows + columns
+    apart = call.reshape(product, tuple(size[i] for i in order))
+    return call.permute(apart, [order.index(i) for i in out])
+
+
 def _detach(call: Call) -> Made:
     """Nothing, for what has no gradient."""
     x = call.tensors()[0]
@@ -287,5 +328,6 @@ HANDLERS: dict[str, Callable[[Call], Made]] = {
     **dict.fromkeys(("softmax", "_softmax", "log_softmax", "_log_softmax"), _softmax),
     "softplus": _softplus,
     "detach": _detach,
+    "einsum": _einsum,
     "where": _where,
 }

@@ -96,7 +96,7 @@ def attention(
     v: Tensor,
     mask: Tensor | None = None,
     *,
-    split: Split,
+    split: Split | None = None,
     drop: tuple[float, Draw | None, str] | None = None,
     **options: Any,
 ) -> Tensor:
@@ -106,7 +106,7 @@ def attention(
     a dropout of the weights.
     """
     if drop is not None and drop[1] is not None:
-        heads = {a: (1, "kg".index(str(loop))) for a, loop in split.items() if loop in ("k", "g")}
+        heads = {a: (1, "kg".index(str(loop))) for a, loop in (split or {}).items() if loop in ("k", "g")}
         local = {1: (k.shape[1], q.shape[1] // k.shape[1])}
         p, draw, name = drop
         options["drop"] = partial(
@@ -331,7 +331,7 @@ def dropout(
     p: float,
     draw: Draw | None,
     name: str,
-    split: Mapping[str, int | Place],
+    split: Mapping[str, int | Place] | None = None,
     rows: Place | None = (0, 0),
     factors: Mapping[int, tuple[int, ...]] | None = None,
 ) -> Tensor:
@@ -343,7 +343,7 @@ def dropout(
     """
     if draw is None:
         return x
-    homes = {a: (home, 0) if isinstance(home, int) else home for a, home in split.items()}
+    homes = {a: (home, 0) if isinstance(home, int) else home for a, home in (split or {}).items()}
     index = torch.zeros((), dtype=torch.int64, device=x.device)
     for dim, size in enumerate(x.shape):
         sizes = (factors or {}).get(dim, (size,))

@@ -1,0 +1,97 @@
+"""Plain modules for parity: what a user's own model looks like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import shardwright as sw
+
+VOCAB, WIDTH, HEADS, LENGTH = 96, 48, 12, 32
+
+
+class Block(nn.Module):
+    """Pre-norm attention with fused q, k, v and an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ln1, self.ln2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.ln1(x)).chunk(3, dim=-1)
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.ln2(x))))
+
+
+class Decoder(nn.Module):
+    """Tokens to logits; learned positions."""
+
+    def __init__(self, layers: int = 6) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(VOCAB, WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCAB, bias=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = self.tokens(input_ids) + self.places(places)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def decoder() -> tuple[nn.Module, dict[str, Tensor], Any]:
+    """A decoder whose output is logits, with its loss."""
+    ids = {name: torch.zeros(2, 16, dtype=torch.long) for name in ("input_ids", "labels")}
+    return Decoder(), ids, token_loss
+
+
+class Regressor(nn.Module):
+    """An MLP without any repetition, and a mean squared error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 48), nn.Linear(48, 36)
+        self.third, self.last = nn.Linear(36, 48, bias=False), nn.Linear(48, 12)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        x = torch.tanh(self.second(x))
+        return F.mse_loss(self.last(F.silu(self.third(x))), y)
+
+
+def regressor() -> tuple[nn.Module, dict[str, Tensor]]:
+    """Rows of features; no sequence at all."""
+    return Regressor(), {"x": torch.zeros(4, 24), "y": torch.zeros(4, 12)}
+
+
+class Pinned(Decoder):
+    """A decoder whose author knows where some tensors go."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = sw.annotate(self.tokens(input_ids) + self.places(places), tp="I")
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def pinned() -> tuple[nn.Module, dict[str, Tensor], Any]:
+    """Pins on an activation, a parameter, a module's output and stages."""
+    model = Pinned()
+    sw.annotate(model.head.weight, tp="S(1)")
+    sw.annotate(model.blocks[5], stage=1)
+    sw.annotate(model.norm, tp="I")
+    return model, decoder()[1], token_loss
