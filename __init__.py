@@ -110,8 +110,9 @@ def trace(
     *,
     loss: Callable[..., Any] | None = None,
 ) -> Model:
-    """The graph of a model: a `torch.nn.Module` with example inputs, or a MODEL specification
-    (a preset name, a Hugging Face config file or folder, `package.module:callable`).
+    """The graph of a model: a `torch.nn.Module` with example inputs (a Hugging Face causal language
+    model needs none), or a MODEL specification (a preset name, a Hugging Face config file or
+    folder, `package.module:callable`).
 
     Raises InvalidInput where it cannot be traced and UnsupportedOp for an op without a rule.
     """
@@ -121,11 +122,6 @@ def trace(
 
     if isinstance(model, str | Path):
         return from_torch.trace_spec(str(model))
-    if example_inputs is None:
-        raise InvalidInput(
-            f"{type(model).__name__}: give example_inputs= as well, a tensor for every input "
-            "(meta tensors are fine)"
-        )
     return from_torch.trace(model, example_inputs, loss=loss)
 
 

@@ -46,10 +46,11 @@ class Request:
         return 3.0 * forward * self.workload.global_batch
 
     def check(self) -> None:
-        """Raises InvalidInput where data parallelism is asked for and the model mixes sequences,
-        or a fixed degree does not fit the cluster."""
+        """Raises InvalidInput where the model mixes the sequences of a batch or has fewer learned
+        positions than tokens, or where a fixed degree does not fit the cluster."""
         for graph in self.model.blocks.values():
             data_parallel_types(graph)
+        self._check_positions()
         fix, world = self.fix, self.cluster.world_size
         product = (fix.pp or 1) * (fix.dp or 1) * (fix.tp or 1)
         if world % product or (fix.pp and fix.dp and fix.tp and product != world):
@@ -64,6 +65,26 @@ class Request:
                     f"--fix: stages={'-'.join(map(str, fix.stages))} adds up to "
                     f"{sum(fix.stages)} layers, the model has {pins.count}"
                 )
+
+    def _check_positions(self) -> None:
+        """A table of learned positions must have a row for every token of a sequence."""
+        made = self.model.preamble.producer()
+        for segment in self.model.segments:
+            graph = self.model.blocks[segment.block]
+            outer = dict(zip(graph.inputs, segment.inputs, strict=True))
+            names = dict(zip(graph.parameters, segment.parameters, strict=True))
+            for op in graph.ops:
+                ids = outer.get(op.operands[1], "") if op.kind == "embedding" else ""
+                while ids in made and made[ids][0].kind in ("shift", "reshape", "expand"):
+                    ids = made[ids][0].operands[0]
+                if ids not in made or made[ids][0].kind != "positions":
+                    continue
+                rows = graph.values[op.operands[0]].shape({})[0]
+                if rows < self.workload.seq_len:
+                    raise InvalidInput(
+                        f"seq_len {self.workload.seq_len}: {names[op.operands[0]]} has learned "
+                        f"positions for {rows} tokens only"
+                    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from shardwright.ir.mesh import Mesh
 from shardwright.ir.plan import Annotation, OpTypes, Plan
 from shardwright.ir.signature import Signature, signatures
 from shardwright.ir.types import AxisType, I, NdType, P, R, S
+from shardwright.planner import scaled_plan
 from shardwright.planner.build import full_annotations, preamble_annotation
 
 
@@ -71,43 +72,71 @@ def mean_square(output: Tensor, wanted: Tensor) -> Tensor:
 
 
 @functools.cache
-def module(name: str, layers: int = 6) -> nn.Module:
-    """A small model with values: `llama` (two key heads), `gpt2` (tied, fused), `plain`."""
+def module(name: str, layers: int = 6, large: bool = False) -> nn.Module:
+    """`llama` (two key heads), `gpt2` (tied, fused), `dropout` (the same with it), `plain`: small, or large without
+    values."""
     torch.manual_seed(0)
     if name == "plain":
-        return Plain(layers=layers)
+        with torch.device("meta" if large else "cpu"):
+            return Plain(4096 if large else 32, 32 if large else 4, layers)
+    drop = 0.1 if name == "dropout" else 0.0
     config: Any
     if name == "llama":
         config = transformers.LlamaConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=layers, vocab_size=64,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+            hidden_size=4096 if large else 32, intermediate_size=14336 if large else 64,
+            num_hidden_layers=layers, vocab_size=128256 if large else 64,
+            num_attention_heads=32 if large else 4, num_key_value_heads=8 if large else 2,
+            max_position_embeddings=8192 if large else 64,
         )  # fmt: skip
     else:
         config = transformers.GPT2Config(
-            n_embd=32, n_head=4, n_layer=layers, vocab_size=64, n_positions=64, bos_token_id=0,
-            eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            n_embd=4096 if large else 32, n_head=32 if large else 4, n_layer=layers,
+            vocab_size=50304 if large else 64, n_positions=8192 if large else 64, bos_token_id=0,
+            eos_token_id=0, **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), drop),
         )  # fmt: skip
     config.use_cache = False
-    made: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.device("meta" if large else "cpu"):
+        made: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
     return made
 
 
 @functools.cache
-def traced(name: str, layers: int = 6) -> Model:
-    """The graph of a small model."""
+def traced(name: str, layers: int = 6, large: bool = False) -> Model:
+    """The graph of a model."""
+    device = "meta" if large else "cpu"
     if name == "plain":
-        batch = {"x": torch.zeros(2, 32, 8), "wanted": torch.ones(2, 32, 8)}
-        return sw.trace(module(name, layers), batch, loss=mean_square)
-    ids, labels = (torch.zeros(2, 32, dtype=torch.long) for _ in range(2))
-    return sw.trace(module(name, layers), {"input_ids": ids, "labels": labels})
+        x, wanted = (torch.zeros(2, 32, 8, device=device) for _ in range(2))
+        batch = {"x": x, "wanted": wanted}
+        return sw.trace(module(name, layers, large), batch, loss=mean_square)
+    ids, labels = (torch.zeros(2, 32, dtype=torch.long, device=device) for _ in range(2))
+    return sw.trace(module(name, layers, large), {"input_ids": ids, "labels": labels})
+
+
+@functools.cache
+def _large_plan(name: str, precision: str) -> Plan:
+    work = sw.Workload(global_batch=64, seq_len=8192, precision=precision)
+    layout = "tp=8,dp=4,pp=1,micro_batch=1"
+    return sw.plan(traced(name, 6, True), sw.Cluster.parse("h100-sxm:4x8"), work, fix=layout)
+
+
+def scaled(name: str, ranks: int, tp: int, precision: str = "fp64") -> Plan:
+    """What the planner chooses for a model of real size, carried over to the small one."""
+    sizes = {"dp": ranks // tp, "tp": tp}
+    return scaled_plan(_large_plan(name, precision), traced(name), sizes, 2 * ranks, 32)
 
 
 def small_plan(
-    name: str, layout: str, ranks: int, *, precision: str = "fp64", layers: int = 6
+    name: str,
+    layout: str,
+    ranks: int,
+    *,
+    precision: str = "fp64",
+    layers: int = 6,
+    global_batch: int = 0,
 ) -> Plan:
     """The planner's own types for a layout of a small model."""
     nodes = f"{-(-ranks // 8)}x{min(ranks, 8)}"
-    work = sw.Workload(global_batch=2 * ranks, seq_len=32, precision=precision)
+    work = sw.Workload(global_batch=global_batch or 2 * ranks, seq_len=32, precision=precision)
     cluster = sw.Cluster.parse(f"h100-sxm:{nodes}")
     return sw.plan(traced(name, layers), cluster, work, fix=layout)
 

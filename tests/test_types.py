@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from emit_cases import random_plan, small_plan, traced
+from emit_cases import random_plan, scaled, small_plan
 
 from shardwright.backends.to_torch import emit
 from shardwright.ir.mesh import Mesh
@@ -55,9 +55,11 @@ def test_every_stage_is_well_typed(world: int, precision: str, tmp_path: Path) -
         for i, layout in enumerate(LAYOUTS[world]):
             plan = small_plan(name, layout, world, precision=precision)
             folders.append(emit(plan, tmp_path / f"{name}-{i}"))
+        planned = scaled(name, world, tp=2, precision=precision)
+        folders.append(emit(planned, tmp_path / f"{name}-scaled"))
     said = checked(world, folders)
     assert complaints(said) == {}
-    stages = sum(4 if "pp=4" in x else 2 if "pp=2" in x else 1 for x in LAYOUTS[world])
+    stages = sum(4 if "pp=4" in x else 2 if "pp=2" in x else 1 for x in LAYOUTS[world]) + 1
     assert sum(map(len, said.values())) == stages * len(MODELS)
 
 
@@ -77,7 +79,7 @@ def test_any_annotation_gives_a_well_typed_program(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_missing_conversion_is_rejected(name: str, tmp_path: Path) -> None:
     """Every single conversion of a program is needed: without it, the checker objects."""
-    good = emit(small_plan(name, "tp=2,dp=4,pp=1", 8), tmp_path / "good")
+    good = emit(scaled(name, 8, tp=2), tmp_path / "good")
     source = (good / "model.py").read_text()
     calls = conversions(source)
     assert len(calls) >= 6
@@ -118,6 +120,3 @@ def mutate(good: Path, folder: Path, call: ast.Call, text: str) -> None:
     assert segment and source[start : start + len(segment)] == segment
     (folder / "model.py").write_text(source[:start] + text + source[start + len(segment) :])
 
-
-def test_models_are_traced_once() -> None:
-    assert traced("llama") is traced("llama")

@@ -111,7 +111,10 @@ def batch(spec: tuple[str, tuple[Any, ...], int]) -> torch.Tensor:
     shape = [sizes.get(dim, dim) for dim in dims]
     if dtype == "int64":
         return torch.randint(0, bound, shape)
-    return torch.ones(shape, dtype=getattr(torch, dtype))
+    import parallel
+
+    floating = getattr(torch, dtype).is_floating_point
+    return torch.ones(shape, dtype=parallel.model_dtype() if floating else getattr(torch, dtype))
 
 
 def carry(spec: Any) -> torch.Tensor:
