@@ -17,7 +17,7 @@ GIB = 2**30
 MIB = 2**20
 
 
-def render(*parts: Table | str, width: int = 100) -> str:
+def render(*parts: Table | str, width: int = 110) -> str:
     """Tables and lines as plain text."""
     out = io.StringIO()
     console = Console(file=out, width=width, no_color=True, highlight=False, markup=False)
@@ -40,7 +40,7 @@ def _seconds(value: float) -> str:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="", header_style="", box=None)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     return table
 
 
@@ -129,7 +129,8 @@ def explain(plan: Plan) -> str:
     bubble = predicted.time.get("pipeline_fill_and_drain", 0.0) / predicted.step_seconds
     if bubble > 0.05:
         binds.append(f"the batch: {plan.microbatches} microbatches leave a bubble of {bubble:.0%}")
-    others = _table("Runners-up", "strategy", "step s", "GiB", "loses")
+    others = _table("Runners-up", "strategy", "step s", "GiB")
+    others.add_column("loses")
     for other in plan.alternatives:
         shown = "-" if other.step_seconds is None else f"{other.step_seconds:.4g}"
         gib = f"{other.memory_bytes / GIB:.1f}"
@@ -137,7 +138,7 @@ def explain(plan: Plan) -> str:
     relaxation = ", ".join(f"{n} {how}" for how, n in plan.certificate.relaxation.items())
     return render(
         summary(plan), "", times, "", "; ".join(binds), "", _conversions(plan), "",
-        f"Sharding programs solved: {relaxation or 'none'}", "", others, width=120,
+        f"Sharding programs solved: {relaxation or 'none'}", "", others, width=150,
     )  # fmt: skip
 
 

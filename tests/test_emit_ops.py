@@ -85,7 +85,9 @@ def emitted(namespace: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Itera
             return semantics_run(case, mesh, types, made, operands)
         try:
             function = compiled(case, mesh, types, made, namespace)
-        except UnsupportedOp as refused:  # a vocabulary split inside a factor of it: no model has one
+        except (
+            UnsupportedOp
+        ) as refused:  # a vocabulary split inside a factor of it: no model has one
             assert "vocabulary" in str(refused)
             return semantics_run(case, mesh, types, made, operands)
         ranks = []

@@ -180,7 +180,9 @@ def _dropout(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
     for dim, sizes in enumerate(value.dims):
         axes = order_within(types, dim)
         if "b" in sizes:
-            rows = [f", rows=({dim}, {sizes.index('b')})"] if (dim, sizes.index("b")) != (0, 0) else []
+            rows = (
+                [f", rows=({dim}, {sizes.index('b')})"] if (dim, sizes.index("b")) != (0, 0) else []
+            )
         fine = len(sizes) > 1 and ("b" in sizes or any(types[a].part for a in axes))
         if fine:
             texts = [size.text(body.symbols) for size in local[dim]]

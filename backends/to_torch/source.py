@@ -40,8 +40,8 @@ def formatted(files: list[Path]) -> None:
     command = str(ruff) if ruff.exists() else shutil.which("ruff")
     if command is None:
         return
-    options = ["--no-cache", "--isolated", "--line-length", "100"]
-    paths = [str(path) for path in files]
-    order = ["check", "--select", "I", "--fix", "--quiet", "--no-cache", "--isolated"]
-    for arguments in ([*order, "--line-length", "100"], ["format", "--quiet", *options]):
-        subprocess.run([command, *arguments, *paths], check=False, capture_output=True)
+    own = sorted({path.stem for file in files for path in file.parent.glob("*.py")})
+    options = ["--quiet", "--no-cache", "--isolated", "--line-length", "100", *map(str, files)]
+    sections = f"lint.isort.known-first-party = {own}"
+    for arguments in (["check", "--select", "I", "--fix", "--config", sections], ["format"]):
+        subprocess.run([command, *arguments, *options], check=False, capture_output=True)

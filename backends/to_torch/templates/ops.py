@@ -106,12 +106,12 @@ def attention(
     a dropout of the weights.
     """
     if drop is not None and drop[1] is not None:
-        heads = {a: (1, "kg".index(str(loop))) for a, loop in (split or {}).items() if loop in ("k", "g")}
+        heads = {
+            a: (1, "kg".index(str(loop))) for a, loop in (split or {}).items() if loop in ("k", "g")
+        }
         local = {1: (k.shape[1], q.shape[1] // k.shape[1])}
         p, draw, name = drop
-        options["drop"] = partial(
-            dropout, p=p, draw=draw, name=name, split=heads, factors=local
-        )
+        options["drop"] = partial(dropout, p=p, draw=draw, name=name, split=heads, factors=local)
     if mask is None:
         return _attention(q, k, v, split=split, **options)
     return _masked_attention(q, k, v, mask, split=split, **options)
