@@ -70,8 +70,8 @@ def summary(plan: Plan) -> str:
 def _stages(plan: Plan) -> Table:
     unit, name = (GIB, "GiB") if max(plan.predicted.memory_bytes) >= GIB else (MIB, "MiB")
     table = _table(
-        "Stages", "stage", "layers", "recompute", "weights", "grads", "optimizer", "activations",
-        "workspace", f"total {name}",
+        "Stages", "stage", "layers", "recompute", "weights", "grads", "optim", "activ",
+        "work", f"total {name}",
     )  # fmt: skip
     for i, stage in enumerate(plan.stages):
         kinds = plan.predicted.memory[i] if i < len(plan.predicted.memory) else {}
@@ -89,7 +89,8 @@ def _stages(plan: Plan) -> Table:
 
 def _range(plan: Plan, index: int) -> str:
     stage = plan.stages[index]
-    names = [s.module or s.block for s in plan.model.segments[stage.first : stage.last]]
+    segments = plan.model.segments[stage.first : stage.last]
+    names = [".".join(s.module.split(".")[-2:]) or s.block for s in segments]
     return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
 
 

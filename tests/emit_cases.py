@@ -73,8 +73,8 @@ def mean_square(output: Tensor, wanted: Tensor) -> Tensor:
 
 @functools.cache
 def module(name: str, layers: int = 6, large: bool = False) -> nn.Module:
-    """`llama` (two key heads), `gpt2` (tied, fused), `dropout` (the same with it), `plain`: small, or large without
-    values."""
+    """`llama` (two key heads), `gpt2` (tied, fused), `dropout` (the same with it) or `plain`:
+    small, or of real size and without values."""
     torch.manual_seed(0)
     if name == "plain":
         with torch.device("meta" if large else "cpu"):

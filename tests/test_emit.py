@@ -135,7 +135,7 @@ def test_an_op_without_a_line_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from shardwright.backends.to_torch import optable
 
     monkeypatch.delitem(optable.TEMPLATES, "silu")
-    with pytest.raises(UnsupportedOp, match="'silu' at .*act_fn.*optable.py"):
+    with pytest.raises(UnsupportedOp, match=r"'silu' at .*act_fn.*optable\.py"):
         model_source(small_plan("llama", "tp=1,dp=1,pp=1", 1))
 
 

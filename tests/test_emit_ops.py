@@ -1,8 +1,8 @@
 """The line that the torch backend writes for an op, in every signature, equals the op run whole.
 
-The laws of test_laws.py once more, with emitted source in place of the oracle on the shards: forward
-and gradient, on simulated ranks in one process. A split-vocabulary cross-entropy communicates inside
-itself; test_emit_parity.py runs it on real ranks.
+The laws of test_laws.py once more, with emitted source in place of the oracle on the shards:
+forward and gradient, on simulated ranks in one process. A split-vocabulary cross-entropy
+communicates inside itself; test_emit_parity.py runs it on real ranks.
 """
 
 from __future__ import annotations
@@ -85,9 +85,7 @@ def emitted(namespace: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Itera
             return semantics_run(case, mesh, types, made, operands)
         try:
             function = compiled(case, mesh, types, made, namespace)
-        except (
-            UnsupportedOp
-        ) as refused:  # a vocabulary split inside a factor of it: no model has one
+        except UnsupportedOp as refused:  # a vocabulary of several factors: no model has it
             assert "vocabulary" in str(refused)
             return semantics_run(case, mesh, types, made, operands)
         ranks = []

@@ -1,7 +1,8 @@
 """Emitted programs on real ranks against the single-device model, in float64.
 
-test_verify.py and the parity list cover the layouts that a planner chooses; here types are drawn at
-random, so that every conversion and every way of running an op occurs, also those nobody would plan.
+test_verify.py and the parity list cover the layouts that a planner chooses; here types are drawn
+at random, so that every conversion and every way of running an op occurs, also those that nobody
+would plan.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from shardwright.ir.mesh import Mesh
 
 # mesh, tensor sub-axes, how many annotations are drawn
 MESHES = [
-    (Mesh.of(pp=1, dp=1, tp=2), (2,), 10),
-    (Mesh.of(pp=1, dp=1, tp=4), (2, 2), 6),
-    (Mesh.of(pp=2, dp=1, tp=2), (2,), 3),
-    (Mesh.of(pp=1, dp=2, tp=2), (2,), 3),
+    (Mesh.of(pp=1, dp=1, tp=2), (2,), 8),
+    (Mesh.of(pp=1, dp=1, tp=4), (2, 2), 4),
+    (Mesh.of(pp=2, dp=1, tp=2), (2,), 2),
+    (Mesh.of(pp=1, dp=2, tp=2), (2,), 2),
 ]
 
 

@@ -35,8 +35,9 @@ def emit(
     """Writes the program of a plan into a folder, which it makes, and returns the folder.
 
     `weights` is what training starts from: a safetensors or `.pt` file, or a folder of them, is
-    named in the settings; a state dict is written beside the program. Raises UnsupportedOp for an op that has no line in the backend's table, InvalidInput where a
-    size does not divide or the folder cannot be written.
+    named in the settings; a state dict is written beside the program. Raises UnsupportedOp for an
+    op that has no line in the backend's table, InvalidInput where a size does not divide or the
+    folder cannot be written.
     """
     target = Path(folder)
     texts = {

@@ -10,8 +10,9 @@ from .body import Body, Statement, needed_inputs
 from .naming import Writer, keyword_name
 from .peephole import simplify
 from .source import indented
-from .stages import Wiring, add_constants
+from .stages import add_constants
 from .target import Target
+from .wiring import Wiring
 
 
 def count_terms(plan: Plan, constants: dict[str, str]) -> str:

@@ -12,7 +12,7 @@ from ...ir.rule import FactorName
 from . import views
 from .body import Body, Form, Statement, Text
 from .optable import TEMPLATES, fill, literal
-from .target import declared, order_within
+from .target import order_within
 
 _DTYPES = {"float64", "float32", "int64", "int32", "bool"}
 
@@ -215,5 +215,3 @@ _BUILDERS: dict[str, Builder] = {
     "slice": views.slice_dim,
     "concat": views.concat,
 }
-
-__all__ = ["declared", "line", "splits"]

@@ -155,7 +155,7 @@ def _called(statements: list[Statement]) -> dict[Form, str]:
     found: dict[Form, str] = {}
     for statement in reversed(statements):
         kind = statement.op.kind if statement.op is not None else ""
-        found |= {f: n for f, n in zip(statement.reads, _CALLED.get(kind, ()), strict=False)}
+        found |= dict(zip(statement.reads, _CALLED.get(kind, ()), strict=False))
         name = found.get(statement.writes[0])
         through = kind in _THROUGH or statement.role == "conversion"
         if name and through and len(statement.writes) == 1 and statement.reads:

@@ -33,8 +33,8 @@ def parameters_source(plan: Plan) -> str:
             fields.append(f"factors=({shown}{',' if len(factors) == 1 else ''})")
         lines.append(f'    "{name}": Parameter({", ".join(fields)}),')
     head = (
-        f'"""The parameters of {plan.model.name}: full shape, type along every tensor axis, first '
-        'value, stages.\n\nSee layout.py for what types and factors mean.\n"""'
+        f'"""The parameters of {plan.model.name}: full shape, types, first value, '
+        'stages.\n\nSee layout.py for what types and factors mean.\n"""'
     )
     body = "PARAMETERS: dict[str, Parameter] = {\n" + "\n".join(lines) + "\n}"
     return (

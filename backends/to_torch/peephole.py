@@ -57,7 +57,7 @@ def _drop_dead(body: Body) -> None:
 
 
 def _drop_casts(body: Body) -> None:
-    """Losses compute wide by themselves: a cross-entropy keeps the logits as narrow as they came."""
+    """Losses compute wide by themselves, and keep what they read as narrow as it came."""
     uses = body.uses()
     for loss in [s for s in body.statements if s.op and TABLE[s.op.kind].work == "loss"]:
         for cast in list(body.statements):

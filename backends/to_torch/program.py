@@ -1,16 +1,18 @@
-"""model.py: blocks, stages, what passes between them, and a docstring that says what all this is."""
+"""model.py: blocks, stages, what passes between them, and a docstring that says what it is."""
 
 from __future__ import annotations
 
 import textwrap
 
-from ...ir.graph import Value
+from ...ir.graph import Graph, Value
 from ...ir.plan import Plan
 from .blocks import block_classes, write_class
+from .body import needed_inputs
 from .counting import count_terms
 from .source import imports
-from .stages import StageWriter, Wiring
-from .target import LiveType, Target, shown
+from .stages import StageWriter
+from .target import LiveType, Target
+from .wiring import Wiring
 
 _KNOWN = {
     "spmd_types": "",
@@ -91,7 +93,7 @@ def _tables(plan: Plan, wiring: Wiring, blocks: list[str]) -> str:
             "",
             f"STAGES = {_tuple([f'Stage{i}' for i in range(len(plan.stages))])}",
             "",
-            "# what stage i sends to stage i + 1: local shapes for b sequences of s tokens, dtypes, types",
+            "# what stage i sends to the next: shapes for b sequences of s tokens, dtype, types",
             f"CARRIED = (\n{listed}\n)" if listed else "CARRIED = ()",
             "",
             "# how the loss that the last stage returns lies on the mesh",
@@ -151,61 +153,66 @@ def _bound(plan: Plan, value: Value) -> int:
         graph = plan.model.blocks[segment.block]
         for op in graph.ops:
             if op.kind in ("embedding", "cross_entropy"):
-                k = 0 if op.kind == "embedding" else 1
                 dim = graph.values[op.operands[0]].dims[0 if op.kind == "embedding" else -1]
                 outer = dict(zip(graph.inputs, segment.inputs, strict=True))
                 sources = _sources(plan, outer, graph, op.operands[1])
-                if value.name in sources and k >= 0:
+                if value.name in sources:
                     bounds.append(_number(dim))
     return min(bounds, default=2)
 
 
-def _sources(plan: Plan, outer: dict[str, str], graph: object, value: str) -> set[str]:
-    from ...ir.graph import Graph
-    from .body import needed_inputs
-
-    assert isinstance(graph, Graph)
+def _sources(plan: Plan, outer: dict[str, str], graph: Graph, value: str) -> set[str]:
+    """The batch tensors that a value of a segment is made from."""
     names = {outer[n] for n in needed_inputs(graph, {value})}
     preamble = plan.model.preamble
     return names | needed_inputs(preamble, names & set(preamble.outputs))
 
 
+_ZERO = {
+    0: "replicated",
+    1: "replicated, the optimizer's state is split (ZeRO 1)",
+    2: "replicated, gradients and the optimizer's state are split (ZeRO 2)",
+    3: "split, as are gradients and the optimizer's state (ZeRO 3)",
+}
+
+_DOC = """{name} on {ranks} ranks: {mesh}.
+
+The mesh, outermost axis first:
+
+{rows}
+
+Along dp, parameters are {zero}. A step takes {microbatches}
+microbatch{es} of {micro_batch} sequence{s} per data-parallel rank; recomputation: {recompute}.
+
+Every module computes on local shards. How a tensor lies along an axis is its type:
+
+    S(d)   split along dim d, its gradient too      (S(d.k): along factor k of the dim)
+    R      replicated; the ranks' gradients are summands
+    I      replicated, so is its gradient
+    P      the ranks hold summands; its gradient is replicated
+
+A line that changes a type is a call of spmd_types, and above it stands what moves in the forward
+pass, and in the backward pass where that differs. b and s are a microbatch's sequences per
+data-parallel rank and their length."""
+
+
 def _doc(plan: Plan) -> str:
     """The module docstring."""
-    s, target = plan.strategy, target_of(plan)
-    mesh = " × ".join(f"{a.name}={a.size}" for a in plan.mesh.axes)
-    tensor = [a.name for a in plan.mesh.axes if a.parent == "tp" and a.size > 1]
+    strategy = plan.strategy
     said = {"pp": "pipeline stages, each a class below", "dp": "data parallel"}
     rows = [
         f"    {a.name:<4} {a.size:>4}   {said.get(a.name, 'tensor parallel')}"
         for a in plan.mesh.axes
     ]
-    zero = {
-        0: "replicated",
-        1: "optimizer state split (ZeRO 1)",
-        2: "gradients and state split (ZeRO 2)",
-        3: "parameters, gradients and state split (ZeRO 3)",
-    }[s.zero]
-    text = [
-        f"{plan.model.name} on {plan.mesh.size} ranks: {mesh}.",
-        "",
-        "The mesh, outermost axis first:",
-        "",
-        *rows,
-        "",
-        f"Along dp, parameters are {zero}; {plan.microbatches} microbatches of "
-        f"{s.micro_batch} sequence{'s' * (s.micro_batch > 1)} a step; recomputation: {s.recompute}.",
-        "",
-        "Every module computes on local shards. How a tensor lies along an axis is its type:",
-        "",
-        "    S(d)   split along dim d; its gradient too      (S(d.k): along factor k of the dim)",
-        "    R      replicated; the ranks' gradients are summands",
-        "    I      replicated; so is its gradient",
-        "    P      the ranks hold summands; its gradient is replicated",
-        "",
-        "A line that changes a type is a call of spmd_types and says so above it: what moves forward,",
-        "and what moves backward where that differs. b and s are the microbatch's sequences per",
-        "data-parallel rank and their length.",
-    ]
-    _ = (target, tensor, shown)
-    return "\n".join(text)
+    return _DOC.format(
+        name=plan.model.name,
+        ranks=plan.mesh.size,
+        mesh=" × ".join(f"{a.name}={a.size}" for a in plan.mesh.axes),
+        rows="\n".join(rows),
+        zero=_ZERO[strategy.zero],
+        microbatches=plan.microbatches,
+        es="es" * (plan.microbatches > 1),
+        micro_batch=strategy.micro_batch,
+        s="s" * (strategy.micro_batch > 1),
+        recompute=strategy.recompute,
+    )

@@ -6,59 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...ir.graph import Segment, Value
+from ...ir.graph import Segment
 from ...ir.plan import Plan, Recompute
-from ...ir.types import AxisType, NdType, R, S
-from .blocks import BlockClass, drop_count, graph_body, parameter_lines, relative
+from ...ir.types import NdType, R
+from .blocks import BlockClass, drop_count, graph_body, parameter_lines
 from .body import Body, Form, Statement, Text, needed_inputs
 from .lines import draws
 from .naming import Writer, identifier, keyword_name, returning
 from .peephole import simplify
 from .source import indented, text_block
-from .target import LiveType, Target, shown
-
-
-@dataclass(slots=True)
-class Wiring:
-    """What flows between the segments of a plan, and in which types."""
-
-    plan: Plan
-    target: Target
-    values: dict[str, Value] = field(default_factory=dict)
-    types: dict[str, LiveType] = field(default_factory=dict)
-    made_by: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        model = self.plan.model
-        for value in model.inputs:
-            self.values[value.name] = value
-            self.types[value.name] = self.batch_type(value)
-        for i, segment in enumerate(model.segments):
-            graph, annotation = model.blocks[segment.block], self.plan.annotations[segment.block]
-            rows = zip(segment.outputs, graph.outputs, annotation.outputs, strict=True)
-            for outer, inner, types in rows:
-                self.values[outer] = _renamed(graph.values[inner], outer)
-                self.types[outer] = self.target.live(types)
-                self.made_by[outer] = i
-
-    def batch_type(self, value: Value) -> LiveType:
-        """A batch tensor comes with this rank's rows, whole otherwise."""
-        rows = next(((d, f.index("b")) for d, f in enumerate(value.dims) if "b" in f), None)
-        kinds: dict[str, AxisType] = dict.fromkeys(self.target.axes, R)
-        if rows is not None and "dp" in kinds:
-            kinds["dp"] = S(*rows)
-        return NdType.of(kinds)
-
-    def carried(self, boundary: int) -> list[str]:
-        """Values that stage `boundary` sends to the next, in the order they are made."""
-        last = self.plan.stages[boundary].last
-        later = self.plan.model.segments[last:]
-        used = {name for segment in later for name in segment.inputs}
-        return [name for name, i in self.made_by.items() if i < last and name in used]
-
-
-def _renamed(value: Value, name: str) -> Value:
-    return Value(name, value.dims, value.dtype, "activation", value.grad)
+from .target import shown
+from .wiring import Wiring
 
 
 @dataclass(slots=True)
@@ -175,7 +133,8 @@ class StageWriter:
         lines, result = writer.lines(), writer.result()
         if any(self._draws(i) for i, _ in self.segments):
             lines[:0] = [
-                "draw = Draw.of(self.forwards, MICROBATCHES, MICRO_BATCH) if self.training else None",
+                "draw = Draw.of(self.forwards, MICROBATCHES, MICRO_BATCH)",
+                "draw = draw if self.training else None",
                 "self.forwards += 1",
             ]
         variables = list(body.inputs.values())
@@ -223,7 +182,7 @@ class StageWriter:
         position = 0
         segments = self.segments
         while position < len(segments):
-            index, segment = segments[position]
+            _, segment = segments[position]
             count = 1
             if segment.module:
                 while position + count < len(segments) and self._joins(
@@ -278,7 +237,7 @@ class StageWriter:
         names = [name for name in last.outputs if name != self.plan.model.loss[1]]
         writes = [body.know(self.wiring.values[n], self.wiring.types[n]) for n in names]
         chain = self._chain(segment) if len(run) > 1 else 0
-        parent, _, leaf = segment.module.rpartition(".")
+        parent = segment.module.rpartition(".")[0]
         loop = ""
         if not segment.module:
             callee = f"self.{self.methods[run[0]]}"
@@ -384,6 +343,3 @@ def _path(module: str) -> str:
 def _method_name(block: str) -> str:
     name = "".join(f"_{c.lower()}" if c.isupper() else c for c in block.rpartition(".")[2])
     return _METHODS.get(name.strip("_"), identifier(name))
-
-
-__all__ = ["StageWriter", "Wiring", "add_constants", "relative"]

@@ -44,7 +44,7 @@ def to_model(x: Tensor) -> Tensor:
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float | None, offset: float = 0.0, wide_weight: bool = False
 ) -> Tensor:
-    """x / rms(x) · (weight + offset) over the last dim; `wide_weight` multiplies before narrowing."""
+    """x / rms(x) · (weight + offset), last dim; `wide_weight` multiplies before narrowing."""
     y = wide(x)
     if eps is None:
         eps = torch.finfo(x.dtype).eps
@@ -164,7 +164,7 @@ def _attend(
 def _allowed(
     q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, window: int | None
 ) -> Tensor | None:
-    """[b or 1, 1, s, t], True where a query may look at a key; None where `is_causal` says it all."""
+    """[b or 1, 1, s, t], True where a query may look; None where `is_causal` says it all."""
     if mask is None and window is None:
         return None
     allowed = _band(q, k, causal, window)

@@ -1,17 +1,18 @@
 """What the type checker is told about lines it cannot see through.
 
-`spmd_types` checks a stage while it runs (`spmd_types.checker.typecheck`): every value has a type per
-mesh axis, and a missing collective is an error. It knows torch's ops and the collectives, but not a
-lifted op such as attention on split heads. `lifted` declares one in index notation:
+`spmd_types` checks a stage while it runs (`spmd_types.checker.typecheck`): every value has a type
+per mesh axis, and a missing collective is an error. It knows torch's ops and the collectives, but
+not a lifted op such as attention on split heads. `lifted` declares one in index notation:
 
     @lifted("b (k g) s d, b k t d, b k t d -> b (k g) s d")
     def attention(q, k, v, ...): ...
 
     attention(q, k, v, split={"dp": "b", "tp": "k"})
 
-says that axis dp splits the loop b and tp the loop k: operands and results that have the loop are split
-along it, operands that lack it are R, results that lack it are P. Loops of `...` are called by the
-number of their dim. Along other axes the work is not split: what goes in as I or R comes out so.
+says that axis dp splits the loop b and tp the loop k: operands and results that have the loop are
+split along it, operands that lack it are R, results that lack it are P. Loops of `...` are called
+by the number of their dim. Along other axes the work is not split: what goes in as I or R comes out
+so.
 
 Nothing here does anything while no checker runs.
 """
@@ -47,13 +48,12 @@ def lifted(rule: str, special: str = "") -> Callable[[Callable[..., Any]], Calla
             if not spmd.is_type_checking():
                 return body(*tensors)
             split = split or {}
-            lead = next(
-                (t.dim() - len(o) + 1 for t, o in zip(tensors, operands) if ("...",) in o), 0
-            )
+            pairs = list(zip(tensors, operands, strict=True))
+            lead = next((t.dim() - len(o) + 1 for t, o in pairs if ("...",) in o), 0)
             flow = _unsplit(tensors)
             reads = tuple(
                 _types(_expand(shape, lead), split, flow if t.requires_grad else {}, tensor=t)
-                for t, shape in zip(tensors, operands)
+                for t, shape in pairs
             )
             makes = tuple(
                 _types(_expand(shape, lead), split, flow, special=special) for shape in results
