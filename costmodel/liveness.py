@@ -60,7 +60,7 @@ def block_bytes(
     """Activation bytes of one call of a block on the fullest rank.
 
     `none` keeps what the op table says; `selective` keeps the block's input and the results of
-    contractions and attention (a partial result after its reduction, not before); `full` keeps
+    contractions and attention (a partial result before and after its reduction); `full` keeps
     the input alone. `binding` gives the logical sizes that `types` split.
     """
     return _Liveness(graph, types, mesh, binding, precision).measure(recompute)
@@ -181,7 +181,8 @@ class _Liveness:
         return BlockBytes(kept, max(0, peak - kept))
 
     def _results_kept(self, op: Op) -> set[Storage]:
-        """Storages of an op's results, in the layouts they are read in where they are partial."""
+        """Storages of an op's results, and where they are partial also what they are reduced to:
+        torch's checkpoint policy keeps by kind of op, so it keeps both."""
         kept: set[Storage] = set()
         for name in op.results:
             made = self.root[name]
@@ -189,7 +190,7 @@ class _Liveness:
                 continue
             partial = any(kind.kind == "P" for _, kind in self.produced[name])
             copies = {s for s in self.lives if s[0] == name and s != made}
-            kept |= copies if partial and copies else {made}
+            kept |= {made, *copies} if partial else {made}
         return kept
 
     def _forward_peak(self, kept: set[Storage]) -> int:

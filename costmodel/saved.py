@@ -52,7 +52,7 @@ def run_again(graph: Graph, recompute: Recompute) -> tuple[Op, ...]:
 
     `selective` (every op but contractions and attention; Korthikanti et al. 2022,
     arXiv:2205.05198, with flash attention in place of its attention core) and `full`. Conversions
-    on the way run again too, except those of partial results that `selective` keeps converted.
+    on the way run again too, except reductions of partial results, which `selective` keeps.
     """
     if recompute == "none":
         return ()

@@ -66,15 +66,15 @@ class Regressor(nn.Module):
         self.first, self.second = nn.Linear(24, 48), nn.Linear(48, 36)
         self.third, self.last = nn.Linear(36, 48, bias=False), nn.Linear(48, 12)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
         x = torch.relu(self.first(x))
         x = torch.tanh(self.second(x))
-        return F.mse_loss(self.last(F.silu(self.third(x))), y)
+        return F.mse_loss(self.last(F.silu(self.third(x))), target)
 
 
 def regressor() -> tuple[nn.Module, dict[str, Tensor]]:
     """Rows of features; no sequence at all."""
-    return Regressor(), {"x": torch.zeros(4, 24), "y": torch.zeros(4, 12)}
+    return Regressor(), {"x": torch.zeros(4, 24), "target": torch.zeros(4, 12)}
 
 
 class Pinned(Decoder):

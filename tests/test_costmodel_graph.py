@@ -384,8 +384,8 @@ def test_a_converted_operand_is_a_copy_of_its_own() -> None:
     statistics = 4 * TOKENS // tp
     none = block_bytes(graph, types, mesh, BINDING, BF16)
     assert none.kept == 2 * TOKENS * per_token + statistics
-    # The partial result is kept after its reduction: a quarter of it.
-    per_token = HIDDEN / tp + 2 * FFN / tp + HIDDEN / tp
+    # The partial result is kept whole, and after its reduction: a quarter of it.
+    per_token = HIDDEN / tp + 2 * FFN / tp + HIDDEN + HIDDEN / tp
     selective = block_bytes(graph, types, mesh, BINDING, BF16, "selective")
     assert selective.kept == 2 * TOKENS * per_token
 

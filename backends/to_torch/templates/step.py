@@ -23,6 +23,9 @@ from torch.distributed.pipelining._backward import stage_backward
 
 Batch = Mapping[str, Tensor]
 
+# the schedule has names of its own (`target`, `losses`), which an input of the model may share
+BATCH_PREFIX = "batch_"
+
 BUCKET_ELEMENTS = 1 << 25  # gradients are reduced in pieces of about this size
 
 
@@ -75,7 +78,7 @@ class Step:
             target=scale.expand(settings.MICROBATCHES),
             losses=losses if axis_rank("pp") == settings.MESH["pp"] - 1 else None,
             return_outputs=False,
-            **batch,
+            **{BATCH_PREFIX + name: tensor for name, tensor in batch.items()},
         )
         if not losses:
             return torch.zeros((), dtype=wide_dtype(), device=device())
@@ -102,6 +105,12 @@ class Stage(PipelineStage):
 
     torch's own keeps gradients and parameters whole until the last microbatch (that is ZeRO 1).
     """
+
+    def forward_maybe_with_nosync(self, *carried: Tensor, **batch: Tensor) -> Any:
+        """Runs one microbatch's forward pass."""
+        return self.submod(
+            *carried, **{name.removeprefix(BATCH_PREFIX): t for name, t in batch.items()}
+        )
 
     def backward_maybe_with_nosync(
         self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
