@@ -30,6 +30,7 @@ from ..ir import Infeasible, InvalidInput
 from ..ir.mesh import Mesh
 from ..ir.plan import Recompute
 from .candidates import Candidate, candidates
+from .fix import Fix
 from .inner import MODES, Inner, solve_inner, sub_axes
 from .linear_program import Solver
 from .request import Request, bounds_of, pinned_stages, pinned_types, repeated
@@ -40,6 +41,8 @@ GIB = 2**30
 TIE = 1e-3
 """Plans this close are equally fast. Of these the lowest ZeRO stage is taken that leaves a tenth of
 the memory free: communication that is hidden on paper is not always hidden."""
+_MOST_NODES = 4096
+"""Nodes of the largest cluster that an error looks at for one that fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +223,15 @@ class Search:
         )  # fmt: skip
         if isinstance(cut, Shortfall):
             return cut
-        return self._priced(candidate, inner, cut, in_flight)
+        return self._priced(candidate, inner, self._layers_only(cut), in_flight)
+
+    def _layers_only(self, cut: Cut) -> Cut:
+        """A cut whose modes are those of layers; what is no layer is not recomputed."""
+        modes = tuple(
+            tuple(mode if self.layer[first + i] else "none" for i, mode in enumerate(stage))
+            for first, stage in zip(cut.bounds, cut.modes, strict=False)
+        )
+        return replace(cut, modes=modes)
 
     def _table(self, candidate: Candidate, inner: Inner) -> SegmentTable:
         request, model = self.request, self.request.model
@@ -335,55 +346,68 @@ class Search:
         )
 
     def _shortage(self, needed: float, candidate: Candidate) -> str:
-        limit, cluster = self.request.limit_bytes, self.request.cluster
+        request, cluster = self.request, self.request.cluster
+        limit = request.limit_bytes
         text = (
             f"no plan fits: the thriftiest configuration ({candidate.key}) needs "
             f"{needed / GIB:.1f} GiB per device, {cluster.device.name} has {limit / GIB:.1f} GiB "
             f"usable: {(needed - limit) / GIB:.1f} GiB short"
         )
-        smallest = self._smallest_cluster()
-        if smallest is None:
-            return f"{text}; no larger cluster of this kind would fit it either"
-        return f"{text}; the smallest cluster that fits is {smallest} nodes of " + (
-            f"{cluster.devices_per_node} devices"
-        )
+        devices = cluster.devices_per_node
+        smallest, looked_at = self._smallest_cluster(request.fix, cluster.nodes + 1)
+        if smallest is not None:
+            return f"{text}; the smallest cluster that fits is {_nodes(smallest, devices)}"
+        free = replace(request.fix, pp=None, dp=None, stages=None)
+        if free != request.fix:
+            smallest, _ = self._smallest_cluster(free, cluster.nodes)
+            if smallest is not None:
+                return (
+                    f"{text}; nor does it fit a larger cluster with {request.fix}; without pp, dp "
+                    f"and stages {_nodes(smallest, devices)} would do"
+                )
+        return f"{text}; nor does it fit any cluster of up to {_nodes(looked_at, devices)}"
 
-    def _smallest_cluster(self, most: int = 4096) -> int | None:
-        """Nodes of the smallest cluster on which some configuration fits, by doubling and then
-        halving the interval."""
-        free = replace(self.request.fix, pp=None, dp=None, stages=None)
-        nodes = self.request.cluster.nodes
+    def _smallest_cluster(self, fix: Fix, start: int) -> tuple[int | None, int]:
+        """Nodes of the smallest cluster from `start` nodes on where some configuration fits, or
+        None; and the largest number of nodes that was looked at.
 
-        def fits(count: int) -> bool:
-            cluster = _resized(self.request.cluster, count)
+        What fits is not monotone in the nodes (degrees must divide them and the batch), so every
+        count is looked at, those whose memory all together is too little aside.
+        """
+        request, cluster = self.request, self.request.cluster
+        state = state_bytes(
+            request.model.elements, request.precision, zero_stage=3, shards=1
+        ).total  # fmt: skip
+        room = request.limit_bytes * cluster.devices_per_node
+        start = max(start, -(-state // room))
+        for nodes in range(start, max(start, _MOST_NODES) + 1):
+            larger = replace(request, cluster=_resized(cluster, nodes), fix=fix)
             try:
-                other = Search(replace(self.request, cluster=cluster, fix=free), self.solver)
-                options = candidates(other.request)
+                other = Search(larger, self.solver)
+                options = candidates(larger)
             except InvalidInput:
-                return False
+                continue
             other._inner = self._inner  # the same blocks on the same devices
-            thrifty = [c for c in options if c.zero in (0 if c.dp == 1 else 3, free.zero)]
-            smallest = min((c.micro_batch for c in thrifty), default=0)
-            thrifty = [c for c in thrifty if c.micro_batch == smallest]
-            return any(
-                other.inner(c) is not None and isinstance(other.solve(c), Outcome) for c in thrifty
-            )
+            smallest = min(c.micro_batch for c in options)
+            thrifty = [c for c in options if c.micro_batch == smallest]
+            if any(other._may_fit(c) and isinstance(other.solve(c), Outcome) for c in thrifty):
+                return nodes, nodes
+        return None, max(start, _MOST_NODES)
 
-        high = nodes
-        while high < most:
-            high *= 2
-            if fits(high):
-                break
-        else:
-            return None
-        low = high // 2
-        while high - low > 1:
-            middle = (low + high) // 2
-            if fits(middle):
-                high = middle
-            else:
-                low = middle
-        return high
+    def _may_fit(self, candidate: Candidate) -> bool:
+        """Whether a stage could hold its share of the state, and some stage every segment."""
+        inner = self.inner(candidate)
+        if inner is None:
+            return False
+        table = self._table(candidate, inner)
+        tied = sum(size for _, _, size in table.shared)
+        share = (table.fixed.sum() - tied) / candidate.pp
+        alone = table.fixed + (table.kept + table.workspace).min(axis=0)
+        return bool(max(share, alone.max()) <= self.request.limit_bytes)
+
+
+def _nodes(count: int, devices: int) -> str:
+    return f"{count} node{'s' * (count > 1)} of {devices} device{'s' * (devices > 1)}"
 
 
 def _resized(cluster: Cluster, nodes: int) -> Cluster:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +69,24 @@ def test_a_slow_axis_gets_data_parallelism_with_zero(model: Model) -> None:
     plan = sw.plan(model, "h100-sxm:8x1", sw.Workload(global_batch=64, seq_len=8192))
     assert (plan.strategy.dp, plan.strategy.tp, plan.strategy.pp) == (8, 1, 1)
     assert plan.strategy.zero >= 1
+
+
+def test_known_layouts_are_no_better(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron's, plain ZeRO's and AutoParallel's documented plan (8x8 mesh) as pins, under the
+    same costs; what is found on one axis is the layout that is known to be right there."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    layouts = importlib.import_module("block_layouts")
+    found = {key: layouts.solved(model, problem) for key, problem in layouts.PROBLEMS.items()}
+    for title, (key, pins) in layouts.known_layouts(model).items():
+        known = layouts.solved(model, layouts.PROBLEMS[key], pins)
+        assert found[key].objective <= known.objective * (1 + 1e-9), title
+        if key != "both":
+            assert found[key].objective == pytest.approx(known.objective, rel=1e-9), title
+        assert known.method == found[key].method == "integral"
+    graph = model.blocks[layouts.LAYER]
+    types = found["slow"].annotations[layouts.LAYER].parameters
+    slow = dict(zip(graph.parameters, types, strict=True))
+    assert str(slow["mlp.up_proj.weight"]["dp"]) == "S(0)"  # ZeRO-3
 
 
 def test_what_a_typing_costs_is_the_objective(model: Model) -> None:

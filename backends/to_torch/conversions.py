@@ -47,7 +47,8 @@ def conversion(body: Body, before: Form, after: Form, step: Step) -> Statement:
     if (step.source.kind, step.target.kind) in _EXPERT:
         options += ", expert_mode=True"
     if value.grad and step.backward in ("all_reduce", "reduce_scatter") and body.target.reduces_low:
-        options += ", backward_options=OWN_DTYPE"
+        summed = "FLOAT32_SUM" if value.role == "parameter" else "OWN_DTYPE"
+        options += f", backward_options={summed}"
     body.axes.add(step.axis)
     call = _CALL[step.forward]
     factors = _inner(before[1], after[1], step, sizes)

@@ -45,8 +45,8 @@ def model_source(plan: Plan) -> str:
     body = "\n\n\n".join(parts)
     fixed = "\n\n".join(_constant(name, text) for name, text in constants.items())
     if target.reduces_low:
-        own = 'OWN_DTYPE = {"op_dtype": None}  # gradients are summed in the dtype they have'
-        fixed = f"{own}\n\n{fixed}" if "OWN_DTYPE" in body else fixed
+        for name, line in _GRADIENT_SUMS.items():
+            fixed = f"{line}\n\n{fixed}" if name in body else fixed
     heads = imports(body + fixed, {k: v for k, v in _KNOWN.items() if v and k != "F"})
     usual = "import torch\n" if "torch." in body + fixed else ""
     usual += "import spmd_types as spmd\n" if "spmd." in body else ""
@@ -167,6 +167,15 @@ def _sources(plan: Plan, outer: dict[str, str], graph: Graph, value: str) -> set
     preamble = plan.model.preamble
     return names | needed_inputs(preamble, names & set(preamble.outputs))
 
+
+_GRADIENT_SUMS = {
+    "OWN_DTYPE": 'OWN_DTYPE = {"op_dtype": None}  # gradients are summed in the dtype they have',
+    "FLOAT32_SUM": (
+        "# gradients of parameters are summed in float32\n"
+        'FLOAT32_SUM = {"op_dtype": torch.float32, "out_dtype": torch.bfloat16}'
+    ),
+}
+"""How a bf16 program's conversions sum gradients: constants it declares where it uses them."""
 
 _ZERO = {
     0: "replicated",
