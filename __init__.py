@@ -142,9 +142,10 @@ def plan(
     `fix`: parts of the strategy that are given (`tp=8,pp=4` or a mapping). `top` configurations are
     kept, the best first. Raises Infeasible, saying what is short, where nothing fits.
     """
-    traced = trace(model, example_inputs, loss=loss)
+    fixed = _planner.Fix.parse(fix)  # what is quick to refuse comes before tracing
     where = Cluster.parse(cluster) if isinstance(cluster, str) else cluster
-    request = _planner.Request(traced, where, workload, _planner.Fix.parse(fix))
+    traced = trace(model, example_inputs, loss=loss)
+    request = _planner.Request(traced, where, workload, fixed)
     search = _planner.Search(request)
     found = search.run(top, progress)
     mesh = search.mesh(found.outcomes[0].candidate)

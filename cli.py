@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -20,6 +21,8 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
     help="Plans and compiles parallel training.",
 )  # fmt: skip
+_ClickException: type[Exception] = typer.BadParameter.__mro__[2]
+"""What the arguments of a command line raise: typer brings its own click, or uses the installed."""
 errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -29,7 +32,15 @@ Fixed = Annotated[str, typer.Option("--fix", help="Parts that are given: tp=8,pp
 
 def main() -> None:
     """Runs the command line; errors a user can cause are one line and an exit code."""
-    app()
+    try:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except _ClickException as error:  # an unknown flag, a number that is none
+        message = getattr(error, "format_message", error.__str__)()
+        errors.print(f"shardwright: {' '.join(message.split())}")
+        code = InvalidInput.exit_code
+    except typer.Abort:
+        code = 130
+    sys.exit(code)
 
 
 def _guarded(action: Callable[[], None], debug: bool) -> None:

@@ -20,6 +20,8 @@ from .device import Device
 
 _SPEC = re.compile(r"(?P<name>[^:/\\]+)(?::(?P<nodes>\d+)(?:x(?P<devices>\d+))?)?")
 _SPEC_HELP = "expected PRESET:NODES, PRESET:NODESxGPUS (a100-40g:4x8) or a cluster file (.yaml)"
+_MOST = 1_000_000
+"""Nodes, and devices of one: a slip of the keyboard rather than a cluster beyond that."""
 _FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -61,8 +63,8 @@ class Cluster(BaseModel):
 
     name: str
     device: Device
-    nodes: int = Field(ge=1)
-    devices_per_node: int = Field(ge=1)
+    nodes: int = Field(ge=1, le=_MOST)
+    devices_per_node: int = Field(ge=1, le=_MOST)
     levels: tuple[Level, ...] = Field(min_length=1)
 
     @property

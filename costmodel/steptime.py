@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..ir.errors import InvalidInput
+from . import yaml_files
 from .cluster import Cluster
 from .collectives import Group, collective_seconds
 from .device import Device
@@ -85,6 +86,25 @@ def _check(stage_s: Sequence[float], p2p_s: Sequence[float], microbatches: int) 
         )
     if microbatches < 1:
         raise InvalidInput(f"{microbatches} microbatches: expected at least 1")
+
+
+def overlap_cost_fraction() -> float:
+    """Seconds that a second of communication costs the compute it is hidden behind.
+
+    While a collective runs, compute takes `1 + slowdown` as long, so in each second of it
+    `slowdown / (1 + slowdown)` of a second is lost. The slowdown and its source are in
+    `data/overlap.yaml`.
+    """
+    slowdown = float(yaml_files.packaged("overlap")["compute"]["slowdown_fraction"])
+    return slowdown / (1 + slowdown)
+
+
+def exposed_seconds(communication_s: float, compute_s: float) -> float:
+    """What communication adds to the compute that it runs beside: the loss while it is hidden, and
+    what is left of it when the compute is done."""
+    loss = overlap_cost_fraction()
+    hidden = min(communication_s, compute_s / (1 - loss))
+    return loss * hidden + communication_s - hidden
 
 
 @dataclass(frozen=True, slots=True)

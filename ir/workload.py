@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+
+from .errors import InvalidInput
 
 Precision = Literal["bf16", "fp32", "fp64"]
 
@@ -24,4 +26,12 @@ class Workload(BaseModel):
     precision: Precision = "bf16"
 
     def __init__(self, global_batch: int, seq_len: int, **other: object) -> None:
-        super().__init__(global_batch=global_batch, seq_len=seq_len, **other)
+        """Raises InvalidInput naming the field, its value and what was expected."""
+        try:
+            super().__init__(global_batch=global_batch, seq_len=seq_len, **other)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            field = ".".join(map(str, problem["loc"]))
+            raise InvalidInput(
+                f"workload: {field} is {problem['input']!r}: {problem['msg']}"
+            ) from None

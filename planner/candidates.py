@@ -51,11 +51,21 @@ def candidates(request: Request) -> list[Candidate]:
     return found
 
 
+def most_devices(request: Request) -> int:
+    """Devices beyond which there is no configuration: pp·dp is at most the sequences of a batch."""
+    return request.workload.global_batch * (request.fix.tp or _widest(request))
+
+
+def _widest(request: Request) -> int:
+    """The largest tp that is looked at unless it is fixed: a node, or 8 of smaller nodes."""
+    return max(8, request.cluster.devices_per_node)
+
+
 def _enumerate(request: Request) -> Iterator[Candidate]:
     fix, cluster = request.fix, request.cluster
     world, batch = cluster.world_size, request.workload.global_batch
     layers = repeated(request.model).count
-    widest = max(8, cluster.devices_per_node)
+    widest = _widest(request)
     pinned = max((stage for stage in pinned_stages(request.model) if stage is not None), default=0)
     for pp in divisors(world):
         if fix.pp not in (None, pp) or (fix.stages and len(fix.stages) != pp):

@@ -56,8 +56,10 @@ class Fix:
                 if key in items:
                     raise InvalidInput(f"--fix: {key} is given twice")
                 items[key] = value
-        else:
+        elif isinstance(text, Mapping):
             items = dict(text)
+        else:
+            raise InvalidInput(f"--fix: got {text!r}, expected text such as tp=8,pp=4 or a mapping")
         return Fix(**{key: value for key, value in _read(items).items() if key in _FIELDS})
 
     def with_defaults(self) -> Fix:
@@ -103,7 +105,7 @@ def _read(items: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in items.items():
         if key not in readers:
-            near = get_close_matches(key, KEYS, n=1)
+            near = get_close_matches(str(key).lower(), KEYS, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise InvalidInput(f"--fix: unknown key {key!r}{hint}; known: {', '.join(KEYS)}")
         found[key] = readers[key](key, value)
@@ -152,10 +154,10 @@ def _switch(key: str, value: Any) -> bool:
 
 
 def _stages(key: str, value: Any) -> tuple[int, ...]:
-    parts = value.split("-") if isinstance(value, str) else list(value)
     try:
+        parts = value.split("-") if isinstance(value, str) else list(value)
         counts = tuple(int(part) for part in parts)
-    except ValueError:
+    except (TypeError, ValueError):
         counts = (-1,)
     if not counts or min(counts) < 0:
         raise InvalidInput(f"--fix: {key}={value}, expected layers per stage such as 8-8-7-9")

@@ -183,7 +183,8 @@ def pinned_stages(model: Model) -> list[int | None]:
         hit = [
             i
             for i, segment in enumerate(model.segments)
-            if (segment.module and f"{segment.module}.".startswith(f"{pin.name}."))
+            if not pin.name  # the model as a whole
+            or (segment.module and f"{segment.module}.".startswith(f"{pin.name}."))
             or any(p.startswith(f"{pin.name}.") for p in segment.parameters)
         ]
         if not hit:

@@ -17,13 +17,14 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from math import prod
 from typing import Literal, Protocol
 
 from ..ir import Infeasible
 from ..ir.graph import Binding, Graph, Model, Op, Value
 from ..ir.mesh import Axis
 from ..ir.plan import Annotation, OpTypes
-from ..ir.types import AxisType, I, NdType, P, R
+from ..ir.types import AxisType, I, NdType, P, R, S
 from .linear_program import LinearProgram, Solver
 from .signatures import Alias, NdSignature, aliases, is_view, nd_signatures, storage_types
 
@@ -49,7 +50,8 @@ class Chain:
     pairs that meet at a boundary. `free`: per block the inputs that are whole on every rank and
     carry no gradient. `losses`: per block the outputs that are scalars of the loss. `tied`: groups
     of (block, parameter) that are one logical parameter. `pins`: types fixed from outside, by
-    (block, value).
+    (block, value). `sequence_split`: whether blocks hand on values split along the sequence
+    (False: nothing is split along it; None: as is cheapest).
     """
 
     blocks: Mapping[str, Graph]
@@ -59,6 +61,7 @@ class Chain:
     losses: Mapping[str, frozenset[str]] = field(default_factory=dict)
     tied: tuple[tuple[tuple[str, str], ...], ...] = ()
     pins: Mapping[tuple[str, str], Mapping[str, AxisType]] = field(default_factory=dict)
+    sequence_split: bool | None = None
 
     @staticmethod
     def of(
@@ -141,7 +144,11 @@ class _Builder:
         self.constant = 0.0
         self.whole = NdType.uniform(tuple(a.name for a in axes), R)
         self.views = {block: aliases(graph) for block, graph in chain.blocks.items()}
-        self.pins = {self._base(*place): self._base_pins(*place) for place in chain.pins}
+        self.pins: dict[_Port, dict[str, tuple[AxisType, ...]]] = defaultdict(dict)
+        for place in chain.pins:  # on a value, and on views of it
+            pins = self.pins[self._base(*place)]
+            for axis, kinds in self._base_pins(*place).items():
+                pins[axis] = tuple(k for k in pins.get(axis, kinds) if k in kinds)
         self.choices: dict[tuple[str, str], list[tuple[NdSignature, int]]] = {}
         self.kept: dict[_Port, dict[NdType, int]] = {}  # stored tied parameters, inputs, outputs
         self.folded: dict[tuple[_Port, NdType], NdType] = {}  # parameter read as t → stored as
@@ -162,17 +169,27 @@ class _Builder:
         alias = self.views[block].get(value)
         return (block, alias.base if alias else value)
 
-    def _base_pins(self, block: str, value: str) -> dict[str, AxisType]:
-        """Pins on a value as types of what it is a view of. Raises Infeasible where the view mixes
-        the factors a pin names."""
+    def _base_pins(self, block: str, value: str) -> dict[str, tuple[AxisType, ...]]:
+        """Per axis the types that the pins on a value allow what it is a view of.
+
+        A pin on an axis holds for all its sub-axes; there `S(dim)` is a split of any factor of the
+        dim. Raises Infeasible where the view mixes the factors a pin names.
+        """
         alias = self.views[block].get(value)
-        pins = dict(self.chain.pins[block, value])
-        if alias:
-            try:
-                pins = dict(alias.base_type(NdType.of(pins)).axes)
-            except KeyError:
-                raise Infeasible(f"{value} of {block}: {pins} names no factor of it") from None
-        return pins
+        dims = self.chain.blocks[block].values[value].dims
+        found: dict[str, tuple[AxisType, ...]] = {}
+        for name, kind in self.chain.pins[block, value].items():
+            axes = [a.name for a in self.axes if a.size > 1 and name in (a.name, a.parent)]
+            kinds = [kind]
+            if len(axes) > 1 and kind.is_split and kind.part == 0 and kind.dim < len(dims):
+                kinds = [S(kind.dim, part) for part in range(len(dims[kind.dim]))]
+            if alias:
+                try:
+                    kinds = [alias.base_type(NdType((("", k),)))[""] for k in kinds]
+                except KeyError:
+                    raise Infeasible(f"{value} of {block}: {kind} names no factor of it") from None
+            found |= dict.fromkeys(axes, tuple(kinds))
+        return found
 
     # --- variables -------------------------------------------------------------------------------
 
@@ -185,11 +202,11 @@ class _Builder:
         """Types that agree with the pins on a value. Raises Infeasible naming a pin that cannot
         hold."""
         pins = self.pins.get((block, value), {})
-        wide = {axis.name for axis in self.axes if axis.size > 1}
-        pins = {axis: kind for axis, kind in pins.items() if axis in wide}
-        kept = [k for k in kinds if all(k[axis] == kind for axis, kind in pins.items())]
+        kept = [k for k in kinds if all(k[axis] in allowed for axis, allowed in pins.items())]
         if not kept:
-            shown = ", ".join(f"{axis}={kind}" for axis, kind in pins.items()) or "no pin"
+            shown = ", ".join(
+                f"{axis}={' or '.join(map(str, allowed))}" for axis, allowed in pins.items()
+            )
             possible = sorted({str(k) for k in kinds})[:8]
             raise Infeasible(f"{value} of {block}: {shown} cannot hold; possible: {possible}")
         return kept
@@ -199,7 +216,7 @@ class _Builder:
         free = self.chain.free.get(block, frozenset())
         for name in graph.inputs:
             if name not in free:
-                kinds = storage_types(graph.values[name], self.axes, self.binding)
+                kinds = self._handed_on(graph.values[name])
                 kinds = tuple(self._allowed(block, name, kinds))
                 self.kept[block, name] = self._one_hot(dict.fromkeys(kinds, 0.0))
         for name in graph.outputs:
@@ -207,8 +224,28 @@ class _Builder:
             if name in self.chain.losses.get(block, frozenset()):
                 kinds = _loss_types(value, self.axes)
             else:
-                kinds = storage_types(value, self.axes, self.binding)
+                kinds = self._handed_on(value)
             self.kept[block, "out:" + name] = self._one_hot(dict.fromkeys(kinds, 0.0))
+
+    def _handed_on(self, value: Value) -> tuple[NdType, ...]:
+        """Types in which a value can pass from block to block. Raises Infeasible where it cannot
+        be split along the sequence, but is to be."""
+        kinds = storage_types(value, self.axes, self.binding)
+        wanted = self.chain.sequence_split
+        if wanted is None or not any("s" in dim for dim in value.dims):
+            return kinds
+        wide = [axis.name for axis in self.axes if axis.size > 1]
+
+        def along(kind: AxisType) -> bool:
+            return kind.is_split and value.dims[kind.dim][kind.part] == "s"
+
+        found = tuple(k for k in kinds if all(along(k[axis]) == wanted for axis in wide))
+        if not found:
+            raise Infeasible(
+                f"sp=1: the sequence length {self.binding['s']} does not divide by the "
+                f"{prod(axis.size for axis in self.axes)} tensor-parallel devices"
+            )
+        return found
 
     def _keep_tied(self, group: tuple[_Port, ...]) -> None:
         block, name = group[0]
@@ -234,6 +271,10 @@ class _Builder:
                 continue
             pinned = [i for i, r in enumerate(op.results) if (block, r) in self.pins]
             options = nd_signatures(op, graph.values, self.axes, self.binding)
+            if self.chain.sequence_split is False:
+                options = tuple(
+                    s for s in options if all(op.sizes[f] != "s" for f in s.factors if f)
+                )
             for i in pinned:
                 kinds = self._allowed(block, op.results[i], [s.results[i] for s in options])
                 options = tuple(s for s in options if s.results[i] in set(kinds))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -23,13 +23,15 @@ from ..costmodel.collectives import Group, collective_seconds
 from ..costmodel.memory import StageBytes, StateBytes, gather_bytes, stage_bytes, state_bytes
 from ..costmodel.steptime import (
     data_parallel_sync,
+    exposed_seconds,
     optimizer_step_seconds,
+    overlap_cost_fraction,
     pipeline_estimate_seconds,
 )
 from ..ir import Infeasible, InvalidInput
 from ..ir.mesh import Mesh
 from ..ir.plan import Recompute
-from .candidates import Candidate, candidates
+from .candidates import Candidate, candidates, most_devices
 from .fix import Fix
 from .inner import MODES, Inner, solve_inner, sub_axes
 from .linear_program import Solver
@@ -85,11 +87,14 @@ class Search:
     modes: tuple[Recompute, ...] = field(init=False)
     flops_per_step: float = field(init=False)
     _inner: dict[tuple[int, int], Inner | None] = field(default_factory=dict)
+    _refused: dict[int, Infeasible] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         model = self.request.model
         self.request.check()
-        self.chain = Chain.of(model, pinned_types(model))
+        self.chain = replace(
+            Chain.of(model, pinned_types(model)), sequence_split=self.request.fix.sp
+        )
         self.stage_of = pinned_stages(model)
         layers = repeated(model)
         inside = range(layers.first, layers.first + layers.count)
@@ -105,7 +110,8 @@ class Search:
         the memory.
         """
         began = time.process_time()
-        pending = [(self._first_bound(c), False, c) for c in candidates(self.request)]
+        options = candidates(self.request)
+        pending = [(self._first_bound(c), False, c) for c in options]
         heapq.heapify(pending)
         total = len(pending)
         done: list[Outcome] = []
@@ -134,6 +140,7 @@ class Search:
                 done.append(outcome)
             else:
                 short.append((outcome.needed_bytes, candidate))
+        self._check_refused(options)
         if not done:
             if not short:
                 raise InvalidInput(self._useless())
@@ -156,6 +163,13 @@ class Search:
             time.process_time() - began,
             dict(methods),
         )
+
+    def _check_refused(self, options: Sequence[Candidate]) -> None:
+        """Raises Infeasible, naming the pin, where pins on types hold at no tp that splits: with
+        tp=1 they would be kept in name only."""
+        wide = [c for c in options if c.tp > 1]
+        if self._refused and not any(self.inner(c) is not None for c in wide):
+            raise self._refused[max(self._refused)]
 
     def _preference(self, outcome: Outcome) -> tuple[bool, int, int]:
         fullest = max(stage.total for stage in outcome.memory)
@@ -183,10 +197,15 @@ class Search:
 
     def inner(self, candidate: Candidate) -> Inner | None:
         """The inside of blocks for a candidate's tp and micro-batch, solved once; None where tp
-        would split nothing."""
+        would split nothing, or pins cannot hold."""
         key = (candidate.tp, candidate.micro_batch)
         if key not in self._inner:
-            inner = self._solved(candidate)
+            try:
+                inner = self._solved(candidate)
+            except Infeasible as error:  # pins that cannot hold at this tp
+                self._refused[candidate.tp] = error
+                self._inner[key] = None
+                return None
             if candidate.tp > 1 and not _splits(inner) and self.request.fix.tp == candidate.tp:
                 # The model is so small that splitting does not pay, but it was asked for.
                 local = _resized(Cluster.preset("local"), self.request.cluster.world_size)
@@ -211,8 +230,8 @@ class Search:
         """Cuts the stages of a candidate and prices the step."""
         request, inner = self.request, self.inner(candidate)
         assert inner is not None
-        table = self._table(candidate, inner)
         sync = self._sync_per_microbatch(candidate, inner)
+        table = self._table(candidate, inner)
         gpipe = request.fix.schedule == "gpipe"
         m, pp = candidate.microbatches, candidate.pp
         in_flight = [m if gpipe else min(m, pp - s) for s in range(pp)]
@@ -234,7 +253,9 @@ class Search:
         return replace(cut, modes=modes)
 
     def _table(self, candidate: Candidate, inner: Inner) -> SegmentTable:
+        """The segments as `cut_stages` wants them: compute slowed by the communication it hides."""
         request, model = self.request, self.request.model
+        slowed = overlap_cost_fraction() * self._sync_per_microbatch(candidate, inner)
         seconds, kept, workspace = [], [], []
         for mode in self.modes:
             costs = [
@@ -260,7 +281,7 @@ class Search:
                 elements = inner.local_parameters[segment.block][segment.parameters.index(name)]
                 shared.append((first, last, float(self._state(candidate, (elements,)).total)))
         return SegmentTable(
-            self.modes, np.array(seconds), np.array(kept),
+            self.modes, np.array(seconds) + slowed, np.array(kept),
             np.array(workspace) + np.array(gather, dtype=np.float64), np.array(fixed),
             tuple(shared),
         )  # fmt: skip
@@ -304,7 +325,7 @@ class Search:
             elements = sum(names.values())
             sync = data_parallel_sync(cluster, data, elements, precision, candidate.zero)
             # hidden behind one microbatch: reduction behind its backward, gathering behind forward
-            exposed = max(exposed, sync.per_step_s - cut.seconds[s])
+            exposed = max(exposed, exposed_seconds(sync.per_step_s, cut.seconds[s]))
             share = candidate.dp if candidate.zero >= 1 else 1
             optimizer = max(
                 optimizer, optimizer_step_seconds(cluster.device, elements / share, precision)
@@ -317,7 +338,6 @@ class Search:
             largest = max(sum(inner.local_parameters[x.block]) for x in model.segments[first:last])
             gather = gather_bytes(largest, precision, candidate.zero, candidate.dp)
             memory.append(stage_bytes(state, blocks, in_flight[s], gather))
-        exposed = max(0.0, exposed)
         busiest = candidate.microbatches * max(cut.seconds)
         parts = {
             "compute_and_tensor_parallel": busiest,
@@ -330,7 +350,9 @@ class Search:
     # --- messages --------------------------------------------------------------------------------
 
     def _contradiction(self, candidate: Candidate) -> str:
-        pins = ", ".join(f"{p.name}={p.stage}" for p in self.request.model.pins if p.stage >= 0)
+        pins = ", ".join(
+            f"{p.name or 'the model'}={p.stage}" for p in self.request.model.pins if p.stage >= 0
+        )
         stages = self.request.fix.stages
         layers = f" and stages={'-'.join(map(str, stages))}" if stages else ""
         return (
@@ -354,35 +376,35 @@ class Search:
             f"usable: {(needed - limit) / GIB:.1f} GiB short"
         )
         devices = cluster.devices_per_node
-        smallest, looked_at = self._smallest_cluster(request.fix, cluster.nodes + 1)
+        smallest = self._smallest_cluster(request.fix, cluster.nodes + 1)
         if smallest is not None:
             return f"{text}; the smallest cluster that fits is {_nodes(smallest, devices)}"
         free = replace(request.fix, pp=None, dp=None, stages=None)
-        if free != request.fix:
-            smallest, _ = self._smallest_cluster(free, cluster.nodes)
-            if smallest is not None:
-                return (
-                    f"{text}; nor does it fit a larger cluster with {request.fix}; without pp, dp "
-                    f"and stages {_nodes(smallest, devices)} would do"
-                )
-        return f"{text}; nor does it fit any cluster of up to {_nodes(looked_at, devices)}"
+        smallest = self._smallest_cluster(free, cluster.nodes) if free != request.fix else None
+        if smallest is not None:
+            return (
+                f"{text}; nor does it fit a larger cluster with {request.fix}; without pp, dp and "
+                f"stages {_nodes(smallest, devices)} would do"
+            )
+        filled = f"that a batch of {request.workload.global_batch} sequences can fill"
+        few = most_devices(request) < _MOST_NODES * devices
+        return f"{text}; nor does it fit any larger cluster of this kind " + (
+            filled if few else f"of up to {_nodes(_MOST_NODES, devices)}"
+        )
 
-    def _smallest_cluster(self, fix: Fix, start: int) -> tuple[int | None, int]:
-        """Nodes of the smallest cluster from `start` nodes on where some configuration fits, or
-        None; and the largest number of nodes that was looked at.
+    def _smallest_cluster(self, fix: Fix, start: int) -> int | None:
+        """Nodes of the smallest cluster from `start` nodes on where some configuration fits.
 
         What fits is not monotone in the nodes (degrees must divide them and the batch), so every
-        count is looked at, those whose memory all together is too little aside.
+        count is looked at, those aside whose memory all together is too little.
         """
-        request, cluster = self.request, self.request.cluster
-        state = state_bytes(
-            request.model.elements, request.precision, zero_stage=3, shards=1
-        ).total  # fmt: skip
-        room = request.limit_bytes * cluster.devices_per_node
-        start = max(start, -(-state // room))
-        for nodes in range(start, max(start, _MOST_NODES) + 1):
-            larger = replace(request, cluster=_resized(cluster, nodes), fix=fix)
+        request, cluster = replace(self.request, fix=fix), self.request.cluster
+        state = state_bytes(request.model.elements, request.precision, 3, shards=1).total
+        start = max(start, -(-state // (request.limit_bytes * cluster.devices_per_node)))
+        last = min(_MOST_NODES, most_devices(request) // cluster.devices_per_node)
+        for nodes in range(start, last + 1):
             try:
+                larger = replace(request, cluster=_resized(cluster, nodes))
                 other = Search(larger, self.solver)
                 options = candidates(larger)
             except InvalidInput:
@@ -391,8 +413,8 @@ class Search:
             smallest = min(c.micro_batch for c in options)
             thrifty = [c for c in options if c.micro_batch == smallest]
             if any(other._may_fit(c) and isinstance(other.solve(c), Outcome) for c in thrifty):
-                return nodes, nodes
-        return None, max(start, _MOST_NODES)
+                return nodes
+        return None
 
     def _may_fit(self, candidate: Candidate) -> bool:
         """Whether a stage could hold its share of the state, and some stage every segment."""

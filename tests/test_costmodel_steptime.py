@@ -19,6 +19,7 @@ from shardwright.costmodel import (
     pipeline_bound_seconds,
     pipeline_estimate_seconds,
 )
+from shardwright.costmodel.steptime import exposed_seconds, overlap_cost_fraction
 from shardwright.ir.errors import InvalidInput
 
 BF16 = Precision.preset("bf16")
@@ -155,3 +156,13 @@ def test_the_optimizer_is_bound_by_memory() -> None:
     assert optimizer_step_seconds(device, 10**9, BF16) == pytest.approx(30e9 / rate)
     fp32 = Precision.preset("fp32")
     assert optimizer_step_seconds(device, 10**9, fp32) == pytest.approx(28e9 / rate)
+
+
+def test_hidden_communication_costs_compute_and_the_rest_is_exposed() -> None:
+    loss = overlap_cost_fraction()
+    assert 0 < loss < 0.5
+    assert exposed_seconds(0.0, 10.0) == 0.0
+    assert exposed_seconds(1.0, 10.0) == pytest.approx(loss)
+    assert exposed_seconds(100.0, 0.0) == pytest.approx(100.0)
+    # compute of 10 s beside endless communication is done after 10 / (1 - loss)
+    assert exposed_seconds(100.0, 10.0) == pytest.approx(100.0 - 10.0)

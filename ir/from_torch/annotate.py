@@ -40,6 +40,9 @@ pin.register_autograd(lambda context, gradient: (gradient, None))
 
 def annotate(target: Any, *, params: str | None, stage: int | None, axes: Mapping[str, str]) -> Any:
     """See `shardwright.annotate`. Raises InvalidInput for types that are none."""
+    for axis, kind in axes.items():
+        if not isinstance(kind, str):
+            raise InvalidInput(f'sw.annotate: {axis}={kind!r}, expected a type such as "S(0)"')
     types = {axis: str(AxisType.parse(kind)) for axis, kind in axes.items()}
     if isinstance(target, nn.Module):
         _annotate_module(target, params, stage, types)
@@ -62,10 +65,12 @@ def _annotate_module(
     module: nn.Module, params: str | None, stage: int | None, types: Mapping[str, str]
 ) -> None:
     if stage is not None:
-        if stage < 0:
-            raise InvalidInput(f"sw.annotate: stage={stage}, expected 0 or more")
+        if type(stage) is not int or stage < 0:
+            raise InvalidInput(f"sw.annotate: stage={stage!r}, expected a number from 0 on")
         _add(module, Pin("stage", "", stage=stage))
     if params is not None:
+        if not types:
+            raise InvalidInput(f'sw.annotate: params={params!r} without a type such as tp="S(0)"')
         matching = [p for name, p in module.named_parameters() if fnmatch(name, params)]
         if not matching:
             raise InvalidInput(

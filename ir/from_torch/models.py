@@ -156,9 +156,9 @@ def _parsed(data: Mapping[str, Any], where: str) -> Any:
     """The transformers config of the contents of a config.json."""
     transformers = _transformers()
     kind = data.get("model_type")
-    if not kind:
+    if not isinstance(kind, str) or not kind:
         raise InvalidInput(
-            f"model config {where}: it has no model_type, so it is none of Hugging Face"
+            f"model config {where}: its model_type is {kind!r}, so it is none of Hugging Face"
         )
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
     if kind not in known:
@@ -212,11 +212,14 @@ def _called(
         found: Any = importlib.import_module(name)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise InvalidInput(f"model {path!r}: {error}") from None
+    except Exception as error:  # whatever the user's file does
+        raise InvalidInput(f"model {path!r}: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise InvalidInput(f"model {path!r}: {type(found).__name__} cannot be called")
-    returned = found if isinstance(found, nn.Module) else found()
+    try:
+        returned = found if isinstance(found, nn.Module) else found()
+    except Exception as error:
+        raise InvalidInput(f"model {path!r}: {type(error).__name__}: {error}") from error
     parts = returned if isinstance(returned, tuple) else (returned,)
     module, inputs, loss = (*parts, None, None)[:3]
     if len(parts) > 3 or not isinstance(module, nn.Module):

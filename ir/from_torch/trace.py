@@ -51,6 +51,11 @@ def trace(
     Raises InvalidInput for a module that cannot be traced and UnsupportedOp for an operation
     without a rule, each in one line that names the place.
     """
+    if not isinstance(module, nn.Module):
+        raise InvalidInput(
+            f"model: got {type(module).__name__}, expected a torch module, a preset name, a "
+            "Hugging Face config file or package.module:callable"
+        )
     example = example_of(module, _given(module, example_inputs), loss)
     name = name or type(module).__name__
     runs = find_runs(module)
