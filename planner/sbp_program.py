@@ -51,7 +51,7 @@ class Chain:
     carry no gradient. `losses`: per block the outputs that are scalars of the loss. `tied`: groups
     of (block, parameter) that are one logical parameter. `pins`: types fixed from outside, by
     (block, value). `sequence_split`: whether blocks hand on values split along the sequence
-    (False: nothing is split along it; None: as is cheapest).
+    (False: they hand them on whole, and split nothing along it; None: as is cheapest).
     """
 
     blocks: Mapping[str, Graph]
@@ -236,10 +236,12 @@ class _Builder:
             return kinds
         wide = [axis.name for axis in self.axes if axis.size > 1]
 
-        def along(kind: AxisType) -> bool:
+        def agrees(kind: AxisType) -> bool:
+            if not wanted:
+                return not kind.is_split
             return kind.is_split and value.dims[kind.dim][kind.part] == "s"
 
-        found = tuple(k for k in kinds if all(along(k[axis]) == wanted for axis in wide))
+        found = tuple(k for k in kinds if all(agrees(k[axis]) for axis in wide))
         if not found:
             raise Infeasible(
                 f"sp=1: the sequence length {self.binding['s']} does not divide by the "

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from shardwright.cli import app
+from shardwright.cli import app, main
 
 RUNNER = CliRunner()
 SMALL = ["--cluster", "h100-sxm:1", "--global-batch", "16", "--seq-len", "2048"]
@@ -192,3 +192,14 @@ def test_a_damaged_config(tmp_path: Path) -> None:
     assert "no-such-architecture" in fails(2, "plan", str(path), *SMALL)
     path.write_text("[]")
     fails(2, "plan", str(path), *SMALL)
+
+
+@pytest.mark.parametrize("arguments", [["plan", "x", "--global-batch", "many"], ["no-such"]])
+def test_arguments_that_are_none_fail_in_one_line(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["shardwright", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capfd.readouterr().err.count("\n") == 1

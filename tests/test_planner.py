@@ -202,7 +202,69 @@ def test_a_pin_that_cannot_hold_is_named(model: Model, pin: Pin, said: str) -> N
         sw.plan(with_pins(model, pin), "h100-sxm:1", sw.Workload(8, 4096), fix="tp=8")
 
 
+def test_a_pin_on_tp_holds_for_its_sub_axes(model: Model) -> None:
+    name = "model.layers.0.self_attn.k_proj.weight"
+    pinned = with_pins(model, Pin("parameter", name, {"tp": "S(0)"}))
+    plan = sw.plan(pinned, "h100-sxm:2", sw.Workload(16, 4096), fix="tp=16,micro_batch=1")
+    kind = plan.parameter_types()[name]
+    assert len(plan.tensor_axes) == 2  # 8 key-value heads, so not one axis of 16
+    assert all(kind[axis].is_split and kind[axis].dim == 0 for axis in plan.tensor_axes)
+
+
+def test_a_pin_that_some_tp_cannot_hold_leaves_the_others() -> None:
+    small = llama(layers=2, hidden=64, heads=8, kv_heads=8)
+    block, graph = next((b, g) for b, g in small.blocks.items() if "Layer" in b)
+    pin = Pin("activation", f"{block}:{graph.outputs[0]}", {"tp": "S(1)"})
+    work = sw.Workload(8, 36)  # 36 tokens divide by 4, not by 8
+    plan = sw.plan(with_pins(small, pin), "h100-sxm:1", work, top=100)
+    degrees = {plan.strategy.tp, *(other.strategy.tp for other in plan.alternatives)}
+    assert {1, 2, 4} >= degrees
+    with pytest.raises(sw.Infeasible, match=r"tp=S\(1\) cannot hold"):
+        sw.plan(with_pins(small, pin), "h100-sxm:1", work, fix="tp=8")
+
+
+@pytest.mark.parametrize(("sp", "handed_on"), [(0, "I"), (1, "S(1)")])
+def test_sp_decides_what_blocks_hand_on(model: Model, sp: int, handed_on: str) -> None:
+    plan = sw.plan(model, "h100-sxm:1", sw.Workload(8, 4096), fix=f"tp=8,sp={sp}")
+    layer = next(block for block in plan.annotations if "Layer" in block)
+    assert str(plan.annotations[layer].outputs[0]["tp"]) == handed_on
+
+
+def test_sp_needs_a_sequence_that_divides(model: Model) -> None:
+    with pytest.raises(sw.Infeasible, match=r"sp=1: the sequence length 4097"):
+        sw.plan(model, "h100-sxm:1", sw.Workload(8, 4097), fix="tp=8,sp=1")
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def test_only_layers_are_recomputed_and_memory_is_a_hard_limit(model: Model) -> None:
+    plan = sw.plan(model, "h100-sxm:2", sw.Workload(64, 4096), fix="tp=16,micro_batch=16")
+    modes = plan.stages[0].recompute
+    assert "full" in modes and (modes[0], modes[-1]) == ("none", "none")
+    assert max(plan.predicted.memory_bytes) <= plan.predicted.memory_limit_bytes
+
+
 # --- errors -------------------------------------------------------------------------------------
+
+
+def test_the_smallest_cluster_is_found_where_multiples_do_not_fit(model: Model) -> None:
+    """With 7 sequences only node counts that 7 divides, or few stages, are any use."""
+    work = sw.Workload(7, 8192)
+    with pytest.raises(sw.Infeasible) as caught:
+        sw.plan(model, "v100:1x1", work, fix="recompute=full")
+    found = re.search(r"smallest cluster that fits is (\d+) nodes", str(caught.value))
+    assert found is not None, caught.value
+    nodes = int(found.group(1))
+    sw.plan(model, f"v100:{nodes}x1", work, fix="recompute=full")
+    for fewer in range(1, nodes):
+        with pytest.raises(sw.ShardwrightError):
+            sw.plan(model, f"v100:{fewer}x1", work, fix="recompute=full")
+
+
+def test_a_workload_that_is_none_names_the_field() -> None:
+    with pytest.raises(InvalidInput, match="global_batch is 0"):
+        sw.Workload(0, 8)
 
 
 def test_too_large_a_model_says_what_is_short_and_what_would_fit() -> None:
