@@ -84,7 +84,12 @@ class Plan(_ir_plan.Plan):
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Reads a plan file. Raises InvalidInput saying what is wrong with it."""
-        return cls._of(_serial.load_plan(path))
+        found = _serial.load_plan(path)
+        try:
+            _planner.check_described(found)
+        except InvalidInput as error:
+            raise InvalidInput(f"plan file {path}: {error}") from None
+        return cls._of(found)
 
     def emit(
         self,

@@ -12,11 +12,21 @@ request, fix     what is asked for, what is fixed, pins
 build, report    the plan, and the plan in words
 """
 
-from .build import build_plan
+from .build import build_plan, check_described
 from .fix import Fix
 from .report import explain, summary, to_json
 from .request import Request
 from .search import Search
 from .transfer import scaled_plan
 
-__all__ = ["Fix", "Request", "Search", "build_plan", "explain", "scaled_plan", "summary", "to_json"]
+__all__ = [
+    "Fix",
+    "Request",
+    "Search",
+    "build_plan",
+    "check_described",
+    "explain",
+    "scaled_plan",
+    "summary",
+    "to_json",
+]

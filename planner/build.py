@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from itertools import pairwise
+from math import isfinite
 from typing import Any
 
+from ..costmodel.cluster import Cluster
+from ..costmodel.yaml_files import validated
+from ..ir import InvalidInput
 from ..ir.graph import Model
 from ..ir.mesh import Mesh
 from ..ir.plan import (
@@ -21,6 +25,7 @@ from ..ir.plan import (
     data_parallel_types,
 )
 from ..ir.types import R
+from ..ir.workload import Workload
 from .inner import replicated, with_data_axis
 from .request import Request, repeated
 from .search import GIB, Found, Outcome
@@ -116,6 +121,25 @@ def predicted(request: Request, outcome: Outcome) -> Predicted:
 def describe(request: Request) -> dict[str, Any]:
     """The cluster as the plan file keeps it."""
     return dict(request.cluster.model_dump(mode="json"))
+
+
+def check_described(plan: Plan) -> None:
+    """Raises InvalidInput where a plan that was read does not say what it was made for, or what was
+    predicted of it."""
+    validated(Cluster, plan.cluster, "cluster")
+    Workload(**plan.workload)
+    if missing := Workload.model_fields.keys() - plan.workload.keys():
+        raise InvalidInput(f"workload.{min(missing)} is missing")
+    said = plan.predicted
+    if len(said.memory_bytes) != len(plan.stages):
+        raise InvalidInput(
+            f"predicted.memory_bytes has {len(said.memory_bytes)} items, expected one for each of "
+            f"{len(plan.stages)} stages"
+        )
+    for name in ("step_seconds", "memory_limit_bytes"):
+        number = getattr(said, name)
+        if not (isfinite(number) and number > 0):
+            raise InvalidInput(f"predicted.{name} is {number}: a number above 0")
 
 
 def _alternative(request: Request, best: Outcome, other: Outcome) -> Alternative:

@@ -203,3 +203,23 @@ def test_arguments_that_are_none_fail_in_one_line(
         main()
     assert ended.value.code == 2
     assert capfd.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("cluster", {}, "cluster: name is missing"),
+        ("workload", {"global_batch": 16, "seq_len": 2048, "precision": "q"}, "precision is 'q'"),
+        ("workload", {"global_batch": 16, "seq_len": 2048}, "workload.optimizer is missing"),
+        ("predicted", {"memory_bytes": []}, "predicted.memory_bytes has 0 items"),
+        ("predicted", {"step_seconds": 0}, "predicted.step_seconds is 0"),
+    ],
+)
+def test_a_plan_file_without_its_figures_is_corrupt(
+    plan_file: Path, tmp_path: Path, field: str, value: dict[str, object], said: str
+) -> None:
+    data = json.loads(plan_file.read_text())
+    data[field] = data[field] | value if field == "predicted" else value
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(data))
+    assert said in fails(2, "explain", str(path))
