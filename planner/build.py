@@ -11,7 +11,7 @@ from typing import Any
 from ..costmodel.cluster import Cluster
 from ..costmodel.yaml_files import validated
 from ..ir import InvalidInput
-from ..ir.graph import Model
+from ..ir.graph import Graph, Model
 from ..ir.mesh import Mesh
 from ..ir.plan import (
     Alternative,
@@ -66,9 +66,17 @@ def build_plan(request: Request, mesh: Mesh, found: Found) -> Plan:
 def full_annotations(model: Model, tensor: Mapping[str, Annotation]) -> dict[str, Annotation]:
     """Types on (dp, tensor axes) of every block, from those on the tensor axes."""
     return {
-        block: with_data_axis(tensor[block], data_parallel_types(graph))
+        block: with_data_axis(tensor[block], _data_types(graph))
         for block, graph in model.blocks.items()
     }
+
+
+def _data_types(graph: Graph) -> Annotation:
+    """Types along dp; whole where a block mixes sequences (it is then planned on dp=1 only)."""
+    try:
+        return data_parallel_types(graph)
+    except InvalidInput:
+        return replicated(graph, ("dp",), R)
 
 
 def preamble_annotation(model: Model, mesh: Mesh) -> Annotation:

@@ -66,6 +66,7 @@ def _enumerate(request: Request) -> Iterator[Candidate]:
     world, batch = cluster.world_size, request.workload.global_batch
     layers = repeated(request.model).count
     widest = _widest(request)
+    whole = request.whole_batch() is not None
     pinned = max((stage for stage in pinned_stages(request.model) if stage is not None), default=0)
     for pp in divisors(world):
         if fix.pp not in (None, pp) or (fix.stages and len(fix.stages) != pp):
@@ -78,9 +79,9 @@ def _enumerate(request: Request) -> Iterator[Candidate]:
             dp = world // pp // tp
             if fix.dp not in (None, dp) or batch % dp:
                 continue
-            for micro in _micro_batches(request, batch // dp):
+            for micro in [batch // dp] if whole else _micro_batches(request, batch // dp):
                 microbatches = batch // dp // micro
-                if microbatches < pp:
+                if microbatches < pp or (whole and dp > 1):
                     continue
                 for zero in _zero_stages(request, dp):
                     yield Candidate(pp, dp, tp, zero, micro, microbatches)
@@ -100,6 +101,8 @@ def _zero_stages(request: Request, dp: int) -> list[int]:
 
 
 def _why_none(request: Request) -> str:
+    if reason := request.whole_batch():
+        return f"{reason}; only dp=1 with the whole batch as one microbatch is left, and that fails"
     fix, world, batch = request.fix, request.cluster.world_size, request.workload.global_batch
     fixed = f" with {fix}" if str(fix) != "nothing" else ""
     segments = len(request.model.segments)

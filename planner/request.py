@@ -12,6 +12,7 @@ from ..costmodel.precision import Precision
 from ..costmodel.shards import local_sizes
 from ..ir import InvalidInput
 from ..ir.graph import Graph, Model
+from ..ir.optable import TABLE
 from ..ir.plan import data_parallel_types
 from ..ir.types import AxisType
 from ..ir.workload import Workload
@@ -37,20 +38,44 @@ class Request:
         return int(self.cluster.device.memory_limit_bytes)
 
     def flops_per_step(self) -> float:
-        """Model FLOPs of a step, forward and backward, without recomputation."""
+        """Model FLOPs of a step, without recomputation: forward, and in the backward pass one
+        product for each operand of a contraction that has a gradient, twice the forward pass of
+        other ops (PaLM's convention, Chowdhery et al. 2022, appendix B)."""
+        return self._flops(others=3)
+
+    def least_flops_per_step(self) -> float:
+        """FLOPs that every plan executes, whatever its kernels save of ops that are no
+        contractions."""
+        return self._flops(others=1)
+
+    def _flops(self, others: int) -> float:
         binding = {"b": 1, "s": self.workload.seq_len}
-        forward = 0.0
+        total = 0.0
         for block, count in Counter(s.block for s in self.model.segments).items():
-            for op in self.model.blocks[block].ops:
-                forward += count * op_flops(op, local_sizes(op, binding))
-        return 3.0 * forward * self.workload.global_batch
+            graph = self.model.blocks[block]
+            for op in graph.ops:
+                passes = others
+                if TABLE[op.kind].work == "contraction":
+                    passes = 1 + sum(graph.values[name].grad for name in op.operands)
+                total += count * passes * op_flops(op, local_sizes(op, binding))
+        return total * self.workload.global_batch
+
+    def whole_batch(self) -> str | None:
+        """Why the sequences of a batch cannot be taken apart (over ranks or microbatches), or None
+        where they can."""
+        try:
+            for graph in self.model.blocks.values():
+                data_parallel_types(graph)
+        except InvalidInput as error:
+            return str(error)
+        return None
 
     def check(self) -> None:
-        """Raises InvalidInput where the model mixes the sequences of a batch or has fewer learned
-        positions than tokens, or where a fixed degree does not fit the cluster."""
-        for graph in self.model.blocks.values():
-            data_parallel_types(graph)
+        """Raises InvalidInput where the model has fewer learned positions than tokens, or where a
+        fixed degree does not fit the cluster or the model."""
         self._check_positions()
+        if (self.fix.dp or 1) > 1 and (reason := self.whole_batch()):
+            raise InvalidInput(f"--fix: dp={self.fix.dp}: {reason}")
         fix, world = self.fix, self.cluster.world_size
         product = (fix.pp or 1) * (fix.dp or 1) * (fix.tp or 1)
         if world % product or (fix.pp and fix.dp and fix.tp and product != world):

@@ -85,7 +85,7 @@ class Search:
     stage_of: list[int | None] = field(init=False)
     layer: list[bool] = field(init=False)
     modes: tuple[Recompute, ...] = field(init=False)
-    flops_per_step: float = field(init=False)
+    least_flops: float = field(init=False)
     _inner: dict[tuple[int, int], Inner | None] = field(default_factory=dict)
     _refused: dict[int, Infeasible] = field(default_factory=dict)
 
@@ -99,7 +99,7 @@ class Search:
         layers = repeated(model)
         inside = range(layers.first, layers.first + layers.count)
         self.layer = [i in inside for i in range(len(model.segments))]
-        self.flops_per_step = self.request.flops_per_step()
+        self.least_flops = self.request.least_flops_per_step()
         fixed = self.request.fix.recompute
         self.modes = tuple(mode for mode in MODES if fixed in (None, mode))
 
@@ -181,7 +181,7 @@ class Search:
         """Before anything is solved: all FLOPs at the device's peak, and the bubble."""
         device = self.request.cluster.device
         peak = device.peak(self.request.precision.compute_dtype)
-        step = self.flops_per_step / (self.request.cluster.world_size * peak)
+        step = self.least_flops / (self.request.cluster.world_size * peak)
         through = step * candidate.pp / candidate.microbatches
         return _step_bound(through, candidate)
 

@@ -95,3 +95,15 @@ def pinned() -> tuple[nn.Module, dict[str, Tensor], Any]:
     sw.annotate(model.blocks[5], stage=1)
     sw.annotate(model.norm, tp="I")
     return model, decoder()[1], token_loss
+
+
+class Summed(Regressor):
+    """A loss that is a sum over the batch: it cannot be taken apart over ranks."""
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return ((self.last(torch.relu(self.first(x))) - target) ** 2).sum()
+
+
+def summed() -> tuple[nn.Module, dict[str, Tensor]]:
+    """One microbatch, no data parallelism; tensor parallelism is fine."""
+    return Summed(), {"x": torch.zeros(4, 24), "target": torch.zeros(4, 12)}

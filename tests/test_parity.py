@@ -74,6 +74,10 @@ def test_a_plain_mlp() -> None:
     check("parity_models:regressor", ["tp=2", "tp=3", "dp=2,zero=3", "dp=3", "pp=2", "pp=2,tp=2"])
 
 
+def test_a_summed_loss_and_unused_parameters() -> None:
+    check("parity_models:summed", ["tp=2", "tp=3"])
+
+
 def test_pins_in_a_model() -> None:
     check("parity_models:pinned", ["pp=2,tp=2", "pp=3", "pp=2,tp=4"])
 

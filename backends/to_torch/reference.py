@@ -7,7 +7,7 @@ that a program forgot it), and dropout is off.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,16 @@ class Reference:
     is Hugging Face's, which its config is enough to make.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype, loss: Loss | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        dtype: torch.dtype,
+        loss: Loss | None = None,
+        used: Collection[str] | None = None,
+    ) -> None:
+        """`used` names the parameters that count, where the module has others that it never reads
+        (default: all)."""
+        self.used = used
         self.module = _with_values(module).to("cpu", dtype).eval()
         self.dtype = dtype
         self.loss = loss
@@ -45,8 +54,16 @@ class Reference:
 
     def save(self, path: Path) -> None:
         """Writes the weights as plain safetensors, tied ones under each of their names."""
-        named = self.module.named_parameters(remove_duplicate=False)
-        save_file({name: p.detach().clone().contiguous() for name, p in named}, path)
+        weights = {n: p.detach().clone().contiguous() for n, p in self._named_parameters()}
+        save_file(weights, path)
+
+    def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Parameters that are used, tied ones under each of their names."""
+        named = list(self.module.named_parameters(remove_duplicate=False))
+        if self.used is None:
+            return named
+        counted = {id(p) for name, p in named if name in self.used}
+        return [(name, p) for name, p in named if id(p) in counted]
 
     def run(self, batch: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
         """The mean loss of a batch, and the gradient under each name of each parameter."""
@@ -58,7 +75,7 @@ class Reference:
         loss.backward()
         return loss.item(), {
             name: p.grad if p.grad is not None else torch.zeros_like(p)
-            for name, p in self.module.named_parameters(remove_duplicate=False)
+            for name, p in self._named_parameters()
             if p.requires_grad
         }
 

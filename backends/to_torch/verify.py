@@ -82,7 +82,8 @@ def verify_many(
 
     if backend != "torch":
         raise InvalidInput(f"backend {backend!r}: this verifies 'torch'")
-    reference = Reference(model, _dtype(dtype), loss)
+    used = {name for plan in plans for name in plan.model.parameters}
+    reference = Reference(model, _dtype(dtype), loss, used)
     with tempfile.TemporaryDirectory(prefix="shardwright-verify-") as folder:
         cases = []
         for i, plan in enumerate(plans):
