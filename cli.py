@@ -50,6 +50,8 @@ def _guarded(action: Callable[[], None], debug: bool) -> None:
         if debug:
             raise
         _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        _fail("the reader of the output went away", 1)
     except (OSError, MemoryError) as error:
         if debug:
             raise
@@ -162,7 +164,9 @@ def emit(
 
 
 def _per_node(found: Plan) -> int:
-    return int(found.cluster["devices_per_node"])
+    """Ranks that one torchrun starts: those of a node, or all where the cluster is this machine."""
+    here = found.cluster["device"]["name"] == "local"
+    return found.strategy.ranks if here else int(found.cluster["devices_per_node"])
 
 
 @app.command()

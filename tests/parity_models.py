@@ -107,3 +107,46 @@ class Summed(Regressor):
 def summed() -> tuple[nn.Module, dict[str, Tensor]]:
     """One microbatch, no data parallelism; tensor parallelism is fine."""
     return Summed(), {"x": torch.zeros(4, 24), "target": torch.zeros(4, 12)}
+
+
+class OutsideSkips(nn.Module):
+    """Two inputs; the residuals are added outside of the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(12, 24), nn.Linear(6, 24)
+        layers = (nn.Sequential(nn.Linear(24, 48), nn.SiLU(), nn.Linear(48, 24)) for _ in range(3))
+        self.layers, self.last = nn.ModuleList(layers), nn.Linear(24, 6)
+
+    def forward(self, x: Tensor, other: Tensor, target: Tensor) -> Tensor:
+        y = self.left(x) + self.right(other)
+        for layer in self.layers:
+            y = y + layer(y)
+        return F.mse_loss(self.last(y), target)
+
+
+def outside_skips() -> tuple[nn.Module, dict[str, Tensor]]:
+    """Layers that are not the whole of what is repeated."""
+    return OutsideSkips(), {
+        "x": torch.zeros(4, 12), "other": torch.zeros(4, 6), "target": torch.zeros(4, 6),
+    }  # fmt: skip
+
+
+class OneLevel(nn.Module):
+    """A decoder written out at the top level, without any inner module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.norm = nn.Embedding(VOCAB, WIDTH), nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.tokens(input_ids)
+        x = x + self.down(F.gelu(self.up(self.norm(x))))
+        return self.head(x)
+
+
+def one_level() -> tuple[nn.Module, dict[str, Tensor], Any]:
+    """Embedding, MLP with a residual, head."""
+    return OneLevel(), decoder()[1], token_loss

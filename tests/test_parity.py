@@ -78,6 +78,11 @@ def test_a_summed_loss_and_unused_parameters() -> None:
     check("parity_models:summed", ["tp=2", "tp=3"])
 
 
+@pytest.mark.parametrize("model", ["outside_skips", "one_level"])
+def test_residuals_outside_of_layers(model: str) -> None:
+    check(f"parity_models:{model}", ["tp=2", "dp=2,zero=3", "pp=2"])
+
+
 def test_pins_in_a_model() -> None:
     check("parity_models:pinned", ["pp=2,tp=2", "pp=3", "pp=2,tp=4"])
 

@@ -166,6 +166,15 @@ def test_errors_are_one_line(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("cut", ["[1:]", "[:, 1:]"], ids=["rows", "positions"])
+def test_data_of_another_shape_is_said(cut: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "program")
+    (folder / "hook.py").write_text(HOOK.replace("rows + 1", f"(rows + 1){cut}"))
+    done = run(folder, 1, "--steps", 1, "--data", "hook:batch")
+    assert done.returncode != 0
+    assert "ValueError: the data function gave input_ids as (" in done.stderr
+
+
 def test_a_wrong_number_of_ranks_is_said(tmp_path: Path) -> None:
     done = run(write(tmp_path / "program", tp=2, dp=2), 2)
     assert done.returncode != 0

@@ -45,11 +45,30 @@ def cut(draft: Draft, module: nn.Module, runs: Sequence[Run]) -> list[Piece]:
         whole = {piece.unit for piece in pieces}
         intact = [run for run in chosen if _with_parameters(module, run) <= whole]
         if len(intact) == len(chosen):
-            return pieces
+            return _owned(pieces)
         chosen = intact
     pieces = _cut(draft, _children(module))
     pieces = _sound(_joined(pieces, lambda piece: piece.unit is None))
-    return _framed(pieces, module)
+    return _owned(_framed(pieces, module))
+
+
+def _owned(pieces: list[Piece]) -> list[Piece]:
+    """Pieces that are no call of their module become the model's own ops.
+
+    Those are: pieces with parameters from outside the module, and pieces of one module with
+    parameters that differ (calls of a list's items).
+    """
+    held: dict[str, set[tuple[Wire, ...]]] = {}
+    for piece in pieces:
+        held.setdefault(piece.unit or "", set()).add(tuple(piece.parameters))
+    return [
+        Piece(piece.unit if piece.unit and _is_call(piece, held[piece.unit]) else None, piece.ops)
+        for piece in pieces
+    ]
+
+
+def _is_call(piece: Piece, held: set[tuple[Wire, ...]]) -> bool:
+    return len(held) == 1 and all(w.name.startswith(f"{piece.unit}.") for w in piece.parameters)
 
 
 def _with_parameters(module: nn.Module, run: Run) -> set[str | None]:

@@ -15,7 +15,7 @@ Where several axes split one factor, the first one in `MESH` is the outermost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
@@ -106,25 +106,6 @@ def intervals(
             stride *= sizes[part]
         found.append(runs)
     return found
-
-
-def blocks_of(
-    parameter: Parameter, mesh: Mapping[str, int], coordinates: Mapping[str, int]
-) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-    """The shard as boxes: (slices of the whole, slices of the shard), in order."""
-
-    def walk(dims: list[list[tuple[int, int]]]) -> Iterator[tuple[tuple[slice, ...], ...]]:
-        if not dims:
-            yield (), ()
-            return
-        position = 0
-        for offset, length in dims[0]:
-            whole, here = slice(offset, offset + length), slice(position, position + length)
-            for rest_whole, rest_here in walk(dims[1:]):
-                yield (whole, *rest_whole), (here, *rest_here)
-            position += length
-
-    return walk(intervals(parameter, mesh, coordinates))  # type: ignore[return-value]
 
 
 def add_parameters(

@@ -131,13 +131,12 @@ def _attend(
 ) -> Tensor:
     allowed = _allowed(q, k, mask, causal, window)
     if softcap is None and drop is None:
-        plain = allowed is None
         out = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=None if allowed is None else allowed,
-            is_causal=causal and plain,
+            attn_mask=allowed,
+            is_causal=causal and allowed is None,
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )

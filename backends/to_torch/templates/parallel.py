@@ -166,7 +166,7 @@ def _distribute(stage: nn.Module) -> None:
     contiguous (`S(1.1)`) holds a permutation of the full tensor: right for computing and for the
     optimizer, while checkpoints go by `rectangles`.
     """
-    axes = tuple(name for name in tensor_axes())
+    axes = tensor_axes()
     distributed: dict[nn.Parameter, nn.Parameter] = {}
     for path, module in list(stage.named_modules()):
         for key, plain in list(module._parameters.items()):

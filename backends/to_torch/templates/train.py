@@ -130,6 +130,13 @@ def own_rows(samples: Callable[..., dict[str, Tensor]], progress: Progress) -> d
     batch = samples(range(first, first + rows), model.BATCH, settings.SEQ_LEN, progress.seed)
     if set(batch) != set(model.BATCH):
         raise ValueError(f"the data function gave {sorted(batch)}, not {sorted(model.BATCH)}")
+    sizes = {"b": rows, "s": settings.SEQ_LEN}
+    for name, (_, dims, _) in model.BATCH.items():
+        shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in dims)
+        if tuple(batch[name].shape) != shape:
+            raise ValueError(
+                f"the data function gave {name} as {tuple(batch[name].shape)}, not {shape}"
+            )
     moved = {
         name: tensor.to(parallel.device(), non_blocking=True) for name, tensor in batch.items()
     }
