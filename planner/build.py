@@ -43,9 +43,7 @@ def build_plan(request: Request, mesh: Mesh, found: Found) -> Plan:
         preamble=preamble_annotation(model, mesh),
         stages=tuple(
             Stage(first, last, modes)
-            for first, last, modes in zip(
-                best.cut.bounds, best.cut.bounds[1:], best.cut.modes, strict=False
-            )
+            for (first, last), modes in zip(pairwise(best.cut.bounds), best.cut.modes, strict=True)
         ),
         workload=request.workload.model_dump(),
         cluster=describe(request),
@@ -92,9 +90,6 @@ def strategy_of(request: Request, outcome: Outcome) -> Strategy:
     strongest: Recompute = (
         "full" if "full" in used else "selective" if "selective" in used else "none"
     )
-    layers = repeated(request.model)
-    inside = range(layers.first, layers.first + layers.count)
-    bounds = outcome.cut.bounds
     return Strategy(
         pp=candidate.pp,
         dp=candidate.dp,
@@ -103,9 +98,7 @@ def strategy_of(request: Request, outcome: Outcome) -> Strategy:
         micro_batch=candidate.micro_batch,
         recompute=strongest,
         schedule="gpipe" if request.fix.schedule == "gpipe" else "1f1b",
-        layers=tuple(
-            sum(i in inside for i in range(first, last)) for first, last in pairwise(bounds)
-        ),
+        layers=repeated(request.model).per_stage(outcome.cut.bounds),
     )
 
 

@@ -8,7 +8,6 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..ir import InvalidInput
-from ..ir.plan import Strategy
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"),
@@ -80,11 +79,6 @@ class Fix:
     def degrees(self) -> tuple[int, int, int]:
         """(pp, dp, tp), 1 where nothing is fixed."""
         return self.pp or 1, self.dp or 1, self.tp or 1
-
-    def allows(self, strategy: Strategy) -> bool:
-        """Whether a strategy agrees with what is fixed (stages and sp aside)."""
-        names = ("pp", "dp", "tp", "zero", "micro_batch", "recompute", "schedule")
-        return all(getattr(self, n) in (None, getattr(strategy, n)) for n in names)
 
     def __str__(self) -> str:
         shown = {f: getattr(self, f) for f in _FIELDS if getattr(self, f) is not None}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ..costmodel.cluster import Cluster
 from ..costmodel.compute import op_flops
@@ -118,6 +119,13 @@ class Layers:
 
     first: int
     count: int
+
+    def __contains__(self, segment: int) -> bool:
+        return self.first <= segment < self.first + self.count
+
+    def per_stage(self, bounds: Sequence[int]) -> tuple[int, ...]:
+        """Layers in each of the stages that `bounds` (segment indices) cut."""
+        return tuple(sum(i in self for i in range(*stage)) for stage in pairwise(bounds))
 
 
 def repeated(model: Model) -> Layers:

@@ -97,8 +97,7 @@ class Search:
         )
         self.stage_of = pinned_stages(model)
         layers = repeated(model)
-        inside = range(layers.first, layers.first + layers.count)
-        self.layer = [i in inside for i in range(len(model.segments))]
+        self.layer = [i in layers for i in range(len(model.segments))]
         self.least_flops = self.request.least_flops_per_step()
         fixed = self.request.fix.recompute
         self.modes = tuple(mode for mode in MODES if fixed in (None, mode))
@@ -231,7 +230,7 @@ class Search:
         request, inner = self.request, self.inner(candidate)
         assert inner is not None
         sync = self._sync_per_microbatch(candidate, inner)
-        table = self._table(candidate, inner)
+        table = self._table(candidate, inner, sync)
         gpipe = request.fix.schedule == "gpipe"
         m, pp = candidate.microbatches, candidate.pp
         in_flight = [m if gpipe else min(m, pp - s) for s in range(pp)]
@@ -252,10 +251,11 @@ class Search:
         )
         return replace(cut, modes=modes)
 
-    def _table(self, candidate: Candidate, inner: Inner) -> SegmentTable:
-        """The segments as `cut_stages` wants them: compute slowed by the communication it hides."""
+    def _table(self, candidate: Candidate, inner: Inner, sync: Array) -> SegmentTable:
+        """The segments as `cut_stages` wants them: compute slowed by `sync`, the communication of
+        each that it hides."""
         request, model = self.request, self.request.model
-        slowed = overlap_cost_fraction() * self._sync_per_microbatch(candidate, inner)
+        slowed = overlap_cost_fraction() * sync
         seconds, kept, workspace = [], [], []
         for mode in self.modes:
             costs = [
@@ -421,7 +421,7 @@ class Search:
         inner = self.inner(candidate)
         if inner is None:
             return False
-        table = self._table(candidate, inner)
+        table = self._table(candidate, inner, np.zeros(len(self.layer)))
         tied = sum(size for _, _, size in table.shared)
         share = (table.fixed.sum() - tied) / candidate.pp
         alone = table.fixed + (table.kept + table.workspace).min(axis=0)

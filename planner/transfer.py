@@ -13,9 +13,10 @@ from typing import Any
 from ..ir import InvalidInput
 from ..ir.graph import Binding, Graph, Model, bind
 from ..ir.mesh import Axis, Mesh
-from ..ir.plan import Annotation, Plan, Recompute, Stage
+from ..ir.plan import Annotation, OpTypes, Plan, Recompute, Stage
+from ..ir.types import NdType
 from .build import full_annotations, preamble_annotation
-from .request import repeated
+from .request import bounds_of, repeated
 
 
 def scaled_plan(
@@ -34,7 +35,7 @@ def scaled_plan(
         if block not in plan.model.blocks:
             raise InvalidInput(f"block {block}: the plan has {', '.join(plan.model.blocks)}")
         _same_structure(block, plan.model.blocks[block], graph)
-        tensor[block] = plan.annotations[block]
+        tensor[block] = _tensor_only(plan, plan.annotations[block])
         _check_division(block, graph, tensor[block], mesh, binding)
     pp = mesh["pp"].size
     strategy = replace(
@@ -45,9 +46,7 @@ def scaled_plan(
         micro_batch=binding["b"],
     )
     stages = _stages(plan, model, pp)
-    layers = repeated(model)
-    inside = range(layers.first, layers.first + layers.count)
-    counts = tuple(sum(i in inside for i in range(s.first, s.last)) for s in stages)
+    counts = repeated(model).per_stage([0, *(stage.last for stage in stages)])
     workload: dict[str, Any] = {
         **plan.workload, "global_batch": global_batch, "seq_len": seq_len,
     }  # fmt: skip
@@ -56,23 +55,15 @@ def scaled_plan(
         model=model,
         strategy=replace(strategy, layers=counts),
         mesh=mesh,
-        annotations=_renamed(plan, model, tensor),
+        annotations=full_annotations(model, tensor),
         preamble=preamble_annotation(model, mesh),
         stages=stages,
         workload=workload,
     )
 
 
-def _renamed(plan: Plan, model: Model, types: Mapping[str, Annotation]) -> dict[str, Annotation]:
-    data = full_annotations(model, {b: _tensor_only(plan, t) for b, t in types.items()})
-    return data
-
-
 def _tensor_only(plan: Plan, types: Annotation) -> Annotation:
     """An annotation without the data axis."""
-    from ..ir.plan import OpTypes
-    from ..ir.types import NdType
-
     keep = set(plan.tensor_axes)
 
     def cut(kinds: tuple[NdType, ...]) -> tuple[NdType, ...]:
@@ -93,7 +84,7 @@ def _check_division(
     for name, kind in types.produced(graph).items():
         ways: dict[tuple[int, int], int] = {}
         for axis, along in kind:
-            if along.is_split and axis != "dp":
+            if along.is_split:
                 place = (along.dim, along.part)
                 ways[place] = ways.get(place, 1) * mesh[axis].size
         for (dim, part), count in ways.items():
@@ -105,17 +96,10 @@ def _check_division(
 
 
 def _stages(plan: Plan, model: Model, pp: int) -> tuple[Stage, ...]:
-    """The model's segments over `pp` stages, as unevenly as the plan has them in turn."""
+    """The model's segments over `pp` stages, evenly, with the plan's recompute modes in turn."""
     layers = repeated(model)
     share, extra = divmod(layers.count, pp)
-    counts = [share + (s < extra) for s in range(pp)]
-    bounds = [0]
-    position = layers.first
-    for count in counts:
-        position += count
-        bounds.append(position)
-    bounds[-1] = len(model.segments)
-    inside = range(layers.first, layers.first + layers.count)
+    bounds = bounds_of(model, tuple(share + (s < extra) for s in range(pp)))
     stages = []
     for s in range(pp):
         source = plan.stages[min(s * len(plan.stages) // pp, len(plan.stages) - 1)]
@@ -125,6 +109,6 @@ def _stages(plan: Plan, model: Model, pp: int) -> tuple[Stage, ...]:
             cycle.append("none")
         modes: list[Recompute] = []
         for i in range(bounds[s], bounds[s + 1]):
-            modes.append(cycle[len(modes) % len(cycle)] if i in inside else "none")
+            modes.append(cycle[len(modes) % len(cycle)] if i in layers else "none")
         stages.append(Stage(bounds[s], bounds[s + 1], tuple(modes)))
     return tuple(stages)

@@ -107,6 +107,19 @@ class Draft:
             op.operands = [new if wire is old else wire for wire in op.operands]
         self.outputs = [new if wire is old else wire for wire in self.outputs]
 
+    def stand_in(self, op: Op, result: Wire) -> None:
+        """Every reader of an op's result reads `result`, in the dims and dtype that it had."""
+        if op.result.dims != result.dims:
+            result = self.add(
+                "reshape", [result], op.result.dims, module=op.module, before=op
+            ).result
+        if op.result.dtype != result.dtype:
+            result = self.add(
+                "cast", [result], result.dims, dtype=op.result.dtype,
+                attributes={"to": op.result.dtype}, module=op.module, before=op,
+            ).result  # fmt: skip
+        self.redirect(op.result, result)
+
     def readers(self, wire: Wire) -> list[Op]:
         """Ops that read the wire, in order."""
         return [op for op in self.ops if wire in op.operands]

@@ -156,15 +156,7 @@ def _replace(draft: Draft, op: Op, form: _Form) -> None:
     )  # fmt: skip
     heads = wires[1].dims[1]
     made.sizes = {"k": elements(heads)}
-    result = made.result
-    if op.result.dims != dims:
-        result = draft.add("reshape", [result], op.result.dims, module=op.module, before=op).result
-    if op.result.dtype != result.dtype:
-        result = draft.add(
-            "cast", [result], result.dims, dtype=op.result.dtype,
-            attributes={"to": op.result.dtype}, module=op.module, before=op,
-        ).result  # fmt: skip
-    draft.redirect(op.result, result)
+    draft.stand_in(op, made.result)
 
 
 def _unrepeated(wire: Wire) -> Wire:

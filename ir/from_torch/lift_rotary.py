@@ -142,14 +142,7 @@ def _replace(
     ).result  # fmt: skip
     if turned:
         result = _swapped(draft, result, op)
-    if op.result.dims != result.dims:  # pairs of a complex number
-        result = draft.add("reshape", [result], op.result.dims, module=op.module, before=op).result
-    if op.result.dtype != result.dtype:
-        result = draft.add(
-            "cast", [result], result.dims, dtype=op.result.dtype,
-            attributes={"to": op.result.dtype}, module=op.module, before=op,
-        ).result  # fmt: skip
-    draft.redirect(op.result, result)
+    draft.stand_in(op, result)
 
 
 def _swapped(draft: Draft, x: Wire, op: Op) -> Wire:
