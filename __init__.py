@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from . import planner as _planner
-from .costmodel import Cluster, Device
+from .costmodel import Cluster, Device, Runtime
 from .ir import (
     Infeasible,
     InvalidInput,
@@ -33,6 +33,7 @@ from .ir import plan as _ir_plan
 from .ir import serial as _serial
 from .ir.graph import Model
 from .ir.workload import Workload
+from .planner import Prediction
 
 __version__ = "0.1.0"
 
@@ -42,12 +43,15 @@ __all__ = [
     "Infeasible",
     "InvalidInput",
     "Plan",
+    "Prediction",
+    "Runtime",
     "ShardwrightError",
     "UnsupportedOp",
     "VerificationFailed",
     "Workload",
     "annotate",
     "plan",
+    "predict",
     "trace",
     "verify",
 ]
@@ -155,6 +159,31 @@ def plan(
     found = search.run(top, progress)
     mesh = search.mesh(found.outcomes[0].candidate)
     return Plan._of(_planner.build_plan(request, mesh, found))
+
+
+def predict(
+    model: Any,
+    cluster: Cluster | str,
+    workload: Workload,
+    fix: str | Mapping[str, Any] | None = None,
+    *,
+    runtime: Runtime | str = "torch",
+    example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+    loss: Callable[..., Any] | None = None,
+) -> Prediction:
+    """What a step of a given configuration takes: `plan` without its search.
+
+    `model`, `cluster` and `workload` as for `plan`; what `fix` leaves open is 1 or the default
+    (dp: what is left of the devices). `runtime`: the framework that runs it, by name or in detail;
+    `torch` is what `emit` writes. Raises InvalidInput for degrees that do not multiply to the
+    devices or do not divide the model or the batch; a configuration that does not fit the memory is
+    priced all the same, see `Prediction.fits`.
+    """
+    fixed = _planner.Fix.parse(fix)
+    where = Cluster.parse(cluster) if isinstance(cluster, str) else cluster
+    runs = Runtime.preset(runtime) if isinstance(runtime, str) else runtime
+    traced = trace(model, example_inputs, loss=loss)
+    return _planner.predict(_planner.Request(traced, where, workload, fixed, runs))
 
 
 def annotate(

@@ -100,10 +100,10 @@ def solved(model: Model, problem: Problem, pins: Pins | None = None) -> Typing:
         axes,
         binding,
         Precision.preset("bf16"),
+        model.blocks,
         gather_parameters=True,
         memory_price_s_per_byte=STATE_PRICE_S_PER_BYTE,
         state_bytes=STATE_BYTES,
-        values={name: graph.values for name, graph in model.blocks.items()},
     )
     types = {
         (LAYER, value): {axis: AxisType.parse(kind) for axis, kind in kinds.items()}

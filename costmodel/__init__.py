@@ -4,7 +4,11 @@
     cluster      Cluster and its levels of links; presets in data/clusters.yaml
     precision    Precision: dtypes and bytes per parameter; presets in data/precisions.yaml
     collectives  collective_seconds over a Group of ranks
-    compute      forward_seconds, backward_seconds of an op: roofline; classes in data/work.yaml
+    runtime      Runtime: how a framework runs a graph; presets in data/runtimes.yaml
+    kernels      what an op launches: shapes, FLOPs, bytes; classes of work in data/work.yaml
+    efficiency   EfficiencyCurve: measured rates by size
+    compute      kernel_seconds: curves, or a roofline with tiles and waves
+    work         Work: seconds by cause of a stretch of program
     shards       local sizes of loops and values under types on a mesh
     saved        what ops keep for backward, what recomputation runs again
     liveness     block_bytes: activations of one block, kept and at the peak
@@ -17,8 +21,9 @@ Seconds and bytes are those of the slowest and the fullest rank. No file here de
 
 from .cluster import Cluster, Level
 from .collectives import CollectiveKind, Group, collective_seconds
-from .compute import backward_seconds, forward_seconds, op_flops, roofline_seconds
+from .compute import backward_seconds, forward_seconds, kernel_seconds
 from .device import ComputeDtype, Device
+from .kernels import Kernel, Kernels, op_flops
 from .liveness import BlockBytes, block_bytes
 from .memory import (
     StageBytes,
@@ -29,6 +34,7 @@ from .memory import (
     state_bytes,
 )
 from .precision import Precision
+from .runtime import Runtime
 from .saved import run_again, saves
 from .shards import local_shape, local_sizes, op_splits
 from .steptime import (
@@ -46,8 +52,11 @@ __all__ = [
     "ComputeDtype",
     "Device",
     "Group",
+    "Kernel",
+    "Kernels",
     "Level",
     "Precision",
+    "Runtime",
     "StageBytes",
     "StateBytes",
     "SyncSeconds",
@@ -58,6 +67,7 @@ __all__ = [
     "forward_seconds",
     "gather_bytes",
     "in_flight_microbatches",
+    "kernel_seconds",
     "local_shape",
     "local_sizes",
     "op_flops",
@@ -65,7 +75,6 @@ __all__ = [
     "optimizer_step_seconds",
     "pipeline_bound_seconds",
     "pipeline_estimate_seconds",
-    "roofline_seconds",
     "run_again",
     "saves",
     "stage_bytes",

@@ -2,114 +2,175 @@
 
 A *level* joins `span_devices` neighbouring ranks: innermost the GPUs of a node over NVLink,
 outermost all nodes over the NICs. Ranks are laid out node by node. A cluster is a few lines however
-many devices it has. Presets with their sources are in `data/clusters.yaml`.
+many devices it has. *Islands* are runs of nodes with a device or a network of their own; `pairs`,
+`degraded`, `matrix` and `curves` say where links differ from their level, and what was measured.
+Presets with their sources are in `data/clusters.yaml`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..ir.errors import InvalidInput
-from . import yaml_files
+from . import cluster_file, consistency, yaml_files
+from .curves import Curve
 from .device import Device
+from .islands import Degraded, Island, NamedDevice
+from .levels import Level, slowest_level
+from .links import Link, Links, island_of_node, links_of
+from .notes import notes_on
+from .pairs import Pair, PairMatrix
+
+__all__ = ["Cluster", "Degraded", "Island", "Level", "Link", "Pair", "PairMatrix"]
 
 _SPEC = re.compile(r"(?P<name>[^:/\\]+)(?::(?P<nodes>\d+)(?:x(?P<devices>\d+))?)?")
 _SPEC_HELP = "expected PRESET:NODES, PRESET:NODESxGPUS (a100-40g:4x8) or a cluster file (.yaml)"
 _MOST = 1_000_000
 """Nodes, and devices of one: a slip of the keyboard rather than a cluster beyond that."""
-_FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Level(BaseModel):
-    """Links of one level.
-
-    `bandwidth_bytes_per_s` is what *one device* can send to the rest of the level, one direction,
-    nominal: on the NIC level the device's share of its node's NICs. `achieved_fraction` of it is
-    what large messages reach. `pair_bandwidth_bytes_per_s` is the nominal limit between two
-    devices where links are point to point rather than switched. `latency_s` is the cost of one
-    step of a collective. `span_devices` is the number of devices joined.
-    """
-
-    model_config = _FROZEN
-
-    name: str
-    span_devices: int = Field(ge=1)
-    latency_s: float = Field(ge=0)
-    bandwidth_bytes_per_s: float = Field(gt=0)
-    pair_bandwidth_bytes_per_s: float | None = Field(default=None, gt=0)
-    achieved_fraction: float = Field(default=0.8, gt=0, le=1)
-
-    def reached_bytes_per_s(self, peers: int) -> float:
-        """What one device sends to `peers` others of its level at once, with large messages."""
-        nominal = self.bandwidth_bytes_per_s
-        if self.pair_bandwidth_bytes_per_s is not None:
-            nominal = min(nominal, peers * self.pair_bandwidth_bytes_per_s)
-        return nominal * self.achieved_fraction
 
 
 class Cluster(BaseModel):
-    """Equal nodes of equal devices, and the levels that join them, innermost first.
+    """Nodes of equally many devices, and the levels that join them, innermost first.
 
-    In a file `span_devices` may be a number or the word `node` or `cluster`, and `device` the name
-    of a preset or a mapping of a device's fields.
+    In a file `span_devices` may be a number or the word `node`, `island` or `cluster`, `device`
+    the name of a preset or a mapping of a device's fields, and `nodes` may be left out where
+    `islands` say it. `device` is that of nodes whose island names none.
     """
 
-    model_config = _FROZEN
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
-    device: Device
+    device: NamedDevice
     nodes: int = Field(ge=1, le=_MOST)
     devices_per_node: int = Field(ge=1, le=_MOST)
     levels: tuple[Level, ...] = Field(min_length=1)
+    islands: tuple[Island, ...] = ()
+    pairs: tuple[Pair, ...] = ()
+    degraded: tuple[Degraded, ...] = ()
+    matrix: PairMatrix | None = None
+    curves: tuple[Curve, ...] = ()
 
     @property
     def world_size(self) -> int:
         """Number of devices."""
         return self.nodes * self.devices_per_node
 
-    @field_validator("device", mode="before")
-    @classmethod
-    def _device_by_name(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        try:
-            return Device.preset(value)
-        except InvalidInput as error:
-            raise ValueError(str(error)) from None
+    @cached_property
+    def device_kinds(self) -> tuple[Device, ...]:
+        """The different devices that the cluster has, in the order of their first rank."""
+        kinds = [island.device or self.device for island in self.islands] or [self.device]
+        return tuple(dict.fromkeys(kinds))
 
-    @model_validator(mode="before")
-    @classmethod
-    def _resolve_words(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        data = dict(data)
-        nodes, per_node, levels = (data.get(k) for k in ("nodes", "devices_per_node", "levels"))
-        if isinstance(nodes, int) and isinstance(per_node, int) and isinstance(levels, list):
-            words = {"node": per_node, "cluster": nodes * per_node}
-            data["levels"] = [_with_span(level, words) for level in levels]
-        return data
-
-    @model_validator(mode="after")
-    def _levels_nest(self) -> Cluster:
-        inner = 1
-        for i, level in enumerate(self.levels):
-            if level.span_devices % inner:
-                raise ValueError(
-                    f"levels[{i}].span_devices is {level.span_devices}, expected a multiple of "
-                    f"{inner}, the span of the level inside it"
+    @cached_property
+    def island_levels(self) -> tuple[tuple[Level, ...], ...]:
+        """The levels as they are in each island; one entry where the cluster has no islands."""
+        every = []
+        for island in self.islands:
+            changes = {change.name: change for change in island.levels}
+            every.append(
+                tuple(
+                    level.changed(changes[level.name]) if level.name in changes else level
+                    for level in self.levels
                 )
-            inner = level.span_devices
-        if inner != self.world_size:
-            raise ValueError(
-                f"levels[{len(self.levels) - 1}].span_devices is {inner}, expected the whole "
-                f"cluster: {self.nodes} nodes x {self.devices_per_node} = {self.world_size}"
             )
-        return self
+        return tuple(every) or (self.levels,)
+
+    @cached_property
+    def worst_levels(self) -> tuple[Level, ...]:
+        """Each level as slow as its slowest island, slowest degraded node and slowest joint make
+        it: what groups that lie everywhere at once, those of a mesh axis, must reckon with.
+
+        Equal to `levels` in a uniform cluster. Entries of two nodes or two devices and the matrix
+        are left out: a group can be laid so that neighbours avoid them (`slowest_link` asks).
+        """
+        island = island_of_node(self)
+        fractions = [1.0] * len(self.island_levels)
+        for entry in self.degraded:
+            for node in entry.nodes:
+                at = int(island[node])
+                fractions[at] = min(fractions[at], entry.bandwidth_fraction)
+        worst = []
+        for i, level in enumerate(self.levels):
+            leaves_node = level.whole_island or level.span_devices > self.devices_per_node
+            variants = [
+                levels[i].slowed(fraction if leaves_node else 1.0)
+                for levels, fraction in zip(self.island_levels, fractions, strict=True)
+            ]
+            worst.append(slowest_level(tuple(variants + self._joints(i, fractions))))
+        return tuple(worst)
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of a plan on this cluster should know: asymmetry, noise, slow links."""
+        return notes_on(self)
+
+    def device_of(self, rank: int) -> Device:
+        """The device of a rank; raises InvalidInput for an unknown rank."""
+        island = self.island_of(rank)
+        return self.device if island is None else island.device or self.device
+
+    def island_of(self, rank: int) -> Island | None:
+        """The island of a rank, if the cluster has any; raises InvalidInput for an unknown rank."""
+        node = self._node(rank)
+        return self.islands[int(self._links.island_of_node[node])] if self.islands else None
+
+    def compute_fraction(self, rank: int) -> float:
+        """What a rank's node has of the speed of its kind: 1 unless it is degraded."""
+        node = self._node(rank)
+        return min((e.compute_fraction for e in self.degraded if node in e.nodes), default=1.0)
+
+    def pair(self, source: int, target: int) -> Link:
+        """The link from one rank to another, as measured or else as its level has it.
+
+        Raises InvalidInput for unknown or equal ranks.
+        """
+        return self._links.pair(source, target)
+
+    def slowest_link(self, ranks: Iterable[int]) -> Link:
+        """The link of least bandwidth between any two of the ranks, in time linear in them.
+
+        Raises InvalidInput for fewer than two ranks, or an unknown one.
+        """
+        return self._links.slowest(ranks)
+
+    def with_curves(self, curves: Iterable[Curve]) -> Cluster:
+        """The cluster with measured curves, in place of those of the same collective and shape.
+
+        Raises InvalidInput for a shape that does not fit.
+        """
+        merged = {(c.collective, tuple(c.shape)): c for c in (*self.curves, *curves)}
+        return self._with(curves=tuple(merged.values()))
+
+    def with_pairs(self, measured: PairMatrix | Iterable[Pair]) -> Cluster:
+        """The cluster with a measured matrix, or with entries of pairs in place of those of the
+        same ends.
+
+        Raises InvalidInput for nodes, devices or islands that it does not have.
+        """
+        if isinstance(measured, PairMatrix):
+            return self._with(matrix=measured)
+        merged = {(pair.kind, pair.ends): pair for pair in (*self.pairs, *measured)}
+        return self._with(pairs=tuple(merged.values()))
+
+    def resized(self, nodes: int) -> Cluster:
+        """A cluster of the same kind with another number of nodes.
+
+        The last islands shrink, go or grow; levels across nodes adapt as in `preset`; what is said
+        of nodes that are gone goes. Raises InvalidInput below 1.
+        """
+        if nodes == self.nodes:
+            return self
+        where = f"cluster {self.name}"
+        if nodes < 1:
+            raise InvalidInput(f"{where}: nodes is {nodes}, expected at least 1")
+        return yaml_files.validated(Cluster, cluster_file.resized(self, nodes), where)
 
     @staticmethod
     def preset(name: str, nodes: int = 1, devices_per_node: int | None = None) -> Cluster:
@@ -124,7 +185,7 @@ class Cluster(BaseModel):
         per_node = data["devices_per_node"] if devices_per_node is None else devices_per_node
         data |= {"name": name, "nodes": nodes, "devices_per_node": per_node}
         if nodes >= 1 and per_node >= 1:
-            data["levels"] = _fitted(data["levels"], nodes, per_node)
+            data["levels"] = cluster_file.fitted(data["levels"], nodes, per_node)
         return yaml_files.validated(Cluster, data, f"cluster {name}")
 
     @staticmethod
@@ -156,32 +217,65 @@ class Cluster(BaseModel):
 
     def save(self, path: str | Path) -> None:
         """Writes a cluster file that `load` reads; spans that follow from the shape as words."""
-        data = self.model_dump(exclude_none=True)
-        data["levels"] = list(data["levels"])
-        for level in data["levels"]:
-            if level["span_devices"] == self.devices_per_node:
-                level["span_devices"] = "node"
-        data["levels"][-1]["span_devices"] = "cluster"
-        yaml_files.save(data, path)
+        yaml_files.save(cluster_file.as_file(self), path)
 
+    # Searches look clusters up in dictionaries; hashing every curve each time would dominate.
+    def __hash__(self) -> int:
+        return self._hash
 
-def _with_span(level: Any, words: Mapping[str, int]) -> Any:
-    if not isinstance(level, Mapping):
-        return level
-    span = level.get("span_devices")
-    return {**level, "span_devices": words[span]} if span in ("node", "cluster") else level
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Cluster:
+        """As pydantic's, without what was derived from the fields before the update."""
+        copied = super().model_copy(update=update, deep=deep)
+        for derived in copied.__dict__.keys() - type(self).model_fields.keys():
+            del copied.__dict__[derived]
+        return copied
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field) for field in type(self).model_fields))
 
-def _fitted(levels: list[Any], nodes: int, per_node: int) -> list[Any]:
-    """Preset levels with numeric spans adapted to a job of `nodes` x `per_node` devices."""
-    fitted = []
-    for level in levels:
-        span = level["span_devices"]
-        if isinstance(span, int):
-            if span < per_node and per_node % span:
+    @cached_property
+    def _links(self) -> Links:
+        return links_of(self)
+
+    def _node(self, rank: int) -> int:
+        if not 0 <= rank < self.world_size:
+            raise InvalidInput(f"rank {rank}: expected 0 to {self.world_size - 1}")
+        return rank // self.devices_per_node
+
+    def _joints(self, i: int, fractions: Sequence[float]) -> list[Level]:
+        """Level `i` as the entries of two islands that meet there have it."""
+        index = {island.name: k for k, island in enumerate(self.islands)}
+        ends = [0, *accumulate(island.nodes * self.devices_per_node for island in self.islands)]
+        joints = []
+        for pair in self.pairs:
+            if pair.islands is None:
                 continue
-            if span >= per_node:
-                fitting = range(1, min(nodes, span // per_node) + 1)
-                span = per_node * max(k for k in fitting if nodes % k == 0)
-        fitted.append({**level, "span_devices": span})
-    return fitted
+            first, second = sorted(index[name] for name in pair.islands)
+            nearest = self._links.meet(ends[first + 1] - 1, ends[second])
+            farthest = self._links.meet(ends[first], ends[second + 1] - 1)
+            if not nearest <= i <= farthest or self.levels[i].whole_island:
+                continue
+            both = tuple(self.island_levels[k][i].slowed(fractions[k]) for k in (first, second))
+            joint = slowest_level(both).slowed(pair.bandwidth_fraction or 1.0)
+            if pair.bandwidth_bytes_per_s is not None:
+                nominal = pair.bandwidth_bytes_per_s / joint.achieved_fraction
+                joint = joint.model_copy(update={"bandwidth_bytes_per_s": nominal})
+            if pair.latency_s is not None:
+                joint = joint.model_copy(update={"latency_s": pair.latency_s})
+            joints.append(joint)
+        return joints
+
+    def _with(self, **fields: Any) -> Cluster:
+        data = {name: getattr(self, name) for name in type(self).model_fields} | fields
+        return yaml_files.validated(Cluster, data, f"cluster {self.name}")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_words(cls, data: Any) -> Any:
+        return cluster_file.without_words(data) if isinstance(data, Mapping) else data
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Cluster:
+        consistency.check(self)
+        return self

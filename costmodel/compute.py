@@ -1,164 +1,164 @@
-"""What an op takes on one device: a roofline over its FLOPs and the bytes it moves.
+"""What a kernel takes on a device: its tiles in waves, its bytes, its launch.
 
-FLOPs and bytes follow from the op's factor rule and its line in the op table; classes of work are
-in `data/work.yaml`. Sizes are *local* factor sizes: what one rank has (`shards.local_sizes`).
+Where the device has measured curves these decide; otherwise class defaults from data sheets. The
+roofline model is Williams, Waterman, Patterson (2009), doi:10.1145/1498765.1498785; what a matrix
+product loses to tiles and waves is NVIDIA's guide (see `data/matmul.yaml`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
-from math import prod
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from ..ir.graph import Op, Value
-from ..ir.optable import TABLE, Work
-from ..ir.rule import FactorName, RuleShape
 from . import yaml_files
-from .device import ComputeDtype, Device
+from .device import Device
+from .kernels import Kernel, Kernels, Sizes, op_flops
 from .precision import Precision
-from .saved import saves
+from .runtime import Runtime
 
-Units = Literal["matmul", "attention", "vector"]
-"""Which of the device's efficiencies applies; `vector` work runs on float32 units."""
+__all__ = [
+    "backward_seconds",
+    "forward_seconds",
+    "kernel_seconds",
+    "kernels_seconds",
+    "op_flops",
+    "product_efficiency",
+]
 
-Sizes = Mapping[FactorName, int]
 
-
-class WorkClass(BaseModel):
-    """How the roofline sees a class of work. Launches are counts of kernels."""
-
+class _Tiles(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    peak_fraction: Units
-    backward_flops_per_forward_flop: float = Field(ge=0)
-    forward_launches: int = Field(ge=0)
-    backward_launches: int = Field(ge=0)
+    sizes: tuple[tuple[int, int], ...]
+    rate_fractions: tuple[float, ...]
+    fill_depth: int
+    least_split_depth: int
+
+
+class _Alignment(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: int
+    unaligned_fraction: float
 
 
 @cache
-def work_class(work: Work) -> WorkClass:
-    """The entry of `data/work.yaml` for a class of the op table."""
-    return yaml_files.validated(WorkClass, yaml_files.packaged("work")[work], f"work {work}")
+def _tiles() -> _Tiles:
+    return yaml_files.validated(_Tiles, yaml_files.packaged("matmul")["tiles"], "matmul.yaml")
 
 
-def roofline_seconds(
-    device: Device,
-    flops: float,
-    bytes_moved: float,
-    dtype: ComputeDtype,
-    kind: Units,
-    launches: int = 1,
-) -> float:
-    """Seconds of `flops` and `bytes_moved`: the slower of arithmetic and memory, plus launches.
+@cache
+def _alignment() -> _Alignment:
+    data = yaml_files.packaged("matmul")["alignment"]
+    return yaml_files.validated(_Alignment, data, "matmul.yaml")
 
-    Roofline model: Williams, Waterman, Patterson (2009), doi:10.1145/1498765.1498785.
+
+_MATRIX_BYTES = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
+
+
+def kernels_seconds(device: Device, kernels: Iterable[Kernel]) -> float:
+    """Seconds of kernels one after the other."""
+    return sum(kernel_seconds(device, kernel) for kernel in kernels)
+
+
+def kernel_seconds(device: Device, kernel: Kernel) -> float:
+    """Seconds of a kernel (of all its launches): the slower of arithmetic and memory, and a launch.
+
+    A measured curve has its launch in it.
     """
-    if kind == "vector":
-        rate = device.peak("float32") * device.memory_efficiency_fraction
-    elif kind == "attention":
-        rate = device.peak(dtype) * device.attention_efficiency_fraction
+    moves = "copy" if kernel.kind in ("matmul", "attention") else kernel.kind
+    moving = device.measured_seconds(moves, None, kernel.bytes, kernel.backward)
+    working = None
+    if kernel.kind not in ("matmul", "attention"):
+        if moving is not None:
+            return moving
     else:
-        rate = device.peak(dtype) * device.matmul_efficiency_fraction
-    memory_rate = device.memory_bandwidth_bytes_per_s * device.memory_efficiency_fraction
-    return max(flops / rate, bytes_moved / memory_rate) + launches * device.kernel_launch_s
+        working = device.measured_seconds(kernel.kind, kernel.dtype, kernel.flops, kernel.backward)
+    floor = 0.0 if device.curves else kernel.launches * device.kernel_launch_s
+    if moving is None:
+        rate = device.memory_bandwidth_bytes_per_s * device.memory_efficiency_fraction
+        moving = kernel.bytes / rate
+    if working is None:
+        working = kernel.flops / _flops_per_s(device, kernel)
+    return max(kernel.slower * working, moving) + floor
 
 
-def op_flops(op: Op, sizes: Sizes) -> float:
-    """Forward FLOPs of an op over its local loops (a multiply-add counts 2)."""
-    line = TABLE[op.kind]
-    if line.work == "attention":
-        return line.flops * _attention_products(op, sizes)
-    return line.flops * prod(sizes[f] for f in op.rule.factors)
+def _flops_per_s(device: Device, kernel: Kernel) -> float:
+    """The rate of a kernel's shape, from class defaults."""
+    if kernel.kind == "matmul":
+        return _product_rate(device, kernel)
+    if kernel.kind == "attention":
+        rate = device.peak(kernel.dtype) * device.attention_efficiency_fraction
+        if device.multiprocessors and kernel.tiles:
+            waves = -(-kernel.tiles // device.multiprocessors)
+            rate *= kernel.tiles / (waves * device.multiprocessors)
+        return rate
+    return device.peak("float32") * device.memory_efficiency_fraction
+
+
+def _product_rate(device: Device, kernel: Kernel) -> float:
+    peak, fraction = device.peak(kernel.dtype), device.matmul_efficiency_fraction
+    if kernel.product is None or not device.multiprocessors:
+        return peak * fraction
+    batch, m, n, k = kernel.product
+    if _MATRIX_BYTES[kernel.dtype] < 4:
+        aligned = _alignment()
+        whole = aligned.bytes // _MATRIX_BYTES[kernel.dtype]
+        if any(row % whole for row in kernel.rows):
+            if batch > 1:
+                return device.peak("float32") * fraction
+            fraction *= aligned.unaligned_fraction
+    return peak * fraction * product_efficiency(batch, m, n, k, device.multiprocessors)
+
+
+@cache
+def product_efficiency(batch: int, m: int, n: int, k: int, multiprocessors: int) -> float:
+    """Rate of `batch` products (m x k)·(k x n), of that of one so large that every multiprocessor
+    is always busy with the largest tiles: the best of the tile sizes, either way round.
+
+    Lost are what tiles reach beyond the matrix, multiprocessors idle in the last wave, and filling
+    the pipeline of loads for every tile.
+    """
+    tiles = _tiles()
+    best = 0.0
+    for (rows, columns), rate in zip(tiles.sizes, tiles.rate_fractions, strict=True):
+        for tm, tn in {(rows, columns), (columns, rows)}:
+            count = batch * -(-m // tm) * -(-n // tn)
+            pieces = min(max(1, multiprocessors // count), max(1, k // tiles.least_split_depth))
+            depth = -(-k // pieces)
+            waves = -(-count * pieces // multiprocessors)
+            busy = waves * multiprocessors * tm * tn * (depth + tiles.fill_depth)
+            best = max(best, rate * batch * m * n * k / busy)
+    return best
 
 
 def forward_seconds(
-    op: Op, values: Mapping[str, Value], sizes: Sizes, device: Device, precision: Precision
+    op: Op,
+    values: Mapping[str, Value],
+    sizes: Sizes,
+    device: Device,
+    precision: Precision,
+    runtime: Runtime | None = None,
 ) -> float:
     """Seconds of one forward pass of an op on one device. Views cost nothing.
 
-    `values` are the graph's, `sizes` the local factor sizes.
+    `values` are the graph's, `sizes` the local factor sizes; the default runtime is `torch`.
     """
-    work = TABLE[op.kind].work
-    if work == "view":
-        return 0.0
-    moved = sum(map(_bytes_of(values, sizes, precision), op.results, op.rule.results))
-    if work == "lookup":  # reads the rows it returns, not the whole table
-        moved *= 2
-    else:
-        moved += sum(map(_bytes_of(values, sizes, precision), op.operands, op.rule.operands))
-    traits = work_class(work)
-    return roofline_seconds(
-        device,
-        op_flops(op, sizes),
-        moved,
-        _dtype(op, values, precision),
-        traits.peak_fraction,
-        traits.forward_launches,
-    )
+    kernels = Kernels(values, precision, runtime or Runtime.preset("torch"))
+    return kernels_seconds(device, kernels.forward(op, sizes))
 
 
 def backward_seconds(
-    op: Op, values: Mapping[str, Value], sizes: Sizes, device: Device, precision: Precision
+    op: Op,
+    values: Mapping[str, Value],
+    sizes: Sizes,
+    device: Device,
+    precision: Precision,
+    runtime: Runtime | None = None,
 ) -> float:
-    """Seconds of the backward pass of an op; nothing where no operand has a gradient.
-
-    A contraction does one product per operand with a gradient (twice the forward pass for two),
-    attention 2.5 times the forward pass. Bytes: gradients of the results (once per product) and
-    what was saved are read, gradients of the operands written.
-    """
-    work = TABLE[op.kind].work
-    wanted = [k for k, name in enumerate(op.operands) if values[name].grad]
-    if work == "view" or not wanted or not any(values[r].grad for r in op.results):
-        return 0.0
-    products = len(wanted) if work == "contraction" else 1
-    size_of = _bytes_of(values, sizes, precision)
-    kept = saves(op, values)
-    moved = products * sum(map(size_of, op.results, op.rule.results))
-    moved += sum(size_of(op.operands[k], op.rule.operands[k]) for k in (*wanted, *kept.operands))
-    moved += sum(size_of(op.results[k], op.rule.results[k]) for k in kept.results)
-    traits = work_class(work)
-    ratio = traits.backward_flops_per_forward_flop * products
-    return roofline_seconds(
-        device,
-        ratio * op_flops(op, sizes),
-        moved,
-        _dtype(op, values, precision),
-        traits.peak_fraction,
-        products if work == "contraction" else traits.backward_launches,
-    )
-
-
-def _bytes_of(
-    values: Mapping[str, Value], sizes: Sizes, precision: Precision
-) -> Callable[[str, RuleShape], int]:
-    def size_of(name: str, shape: RuleShape) -> int:
-        elements = prod(sizes[f] for dim in shape for f in dim)
-        return elements * precision.element_bytes(values[name].dtype)
-
-    return size_of
-
-
-def _dtype(op: Op, values: Mapping[str, Value], precision: Precision) -> ComputeDtype:
-    """The dtype of the arithmetic: the recipe's, but float32 at least where an operand is wide."""
-    wide = any(values[name].dtype in ("wide", "float32") for name in op.operands)
-    return "float32" if wide and precision.compute_bytes < 4 else precision.compute_dtype
-
-
-def _attention_products(op: Op, sizes: Sizes) -> float:
-    """Multiply-adds of `q·kᵀ` and `p·v`: heads x (query, key) pairs that attend x (d + e).
-
-    Causal attention has half of the pairs; a window of w keys w of t, less its ramp.
-    """
-    query, key, value = op.rule.operands[:3]
-
-    def size(shape: RuleShape, dim: int) -> int:
-        return prod(sizes[f] for f in shape[dim])
-
-    batch, heads, queries, keys = size(query, 0), size(query, 1), size(query, 2), size(key, 2)
-    causal, window = op.attributes.get("causal", False), op.attributes.get("window")
-    seen = keys if window is None else min(window, keys)
-    share = seen * (1 - seen / (2 * keys)) if causal else seen
-    return batch * heads * queries * share * (size(query, 3) + size(value, 3))
+    """Seconds of the backward pass of an op; nothing where no operand has a gradient."""
+    kernels = Kernels(values, precision, runtime or Runtime.preset("torch"))
+    return kernels_seconds(device, kernels.backward(op, sizes))

@@ -7,14 +7,12 @@ sources are in `data/devices.yaml`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from . import yaml_files
-
-ComputeDtype = Literal["float64", "float32", "tf32", "bfloat16", "float16", "float8"]
-"""What arithmetic is done in. `float32` is full float32; `tf32` is float32 on matrix units."""
+from .efficiency import ComputeDtype, EfficiencyCurve, KernelClass
 
 _WIDER: dict[ComputeDtype, ComputeDtype] = {
     "float8": "bfloat16",
@@ -50,8 +48,10 @@ class Device(BaseModel):
     """An accelerator.
 
     Bytes, seconds, FLOP/s and bytes/s throughout. Efficiencies are the fractions of the peak that
-    large shapes of a training step reach; `kernel_launch_s` is the least an op takes;
-    `reserve_bytes` is what a training process holds beyond what a plan accounts for.
+    large shapes of a training step reach (of matrix products: those that fill all
+    `multiprocessors` with whole tiles, see `compute.product_efficiency`); `kernel_launch_s` is the
+    least an op takes; `reserve_bytes` is what a training process holds beyond what a plan accounts
+    for. `curves`, where there are any, are measured and go before the fractions.
     """
 
     model_config = _FROZEN
@@ -65,6 +65,9 @@ class Device(BaseModel):
     memory_efficiency_fraction: float = Field(gt=0, le=1)
     kernel_launch_s: float = Field(ge=0)
     reserve_bytes: int = Field(ge=0)
+    multiprocessors: int | None = Field(default=None, gt=0)
+    host_s_per_call: float | None = Field(default=None, ge=0)
+    curves: tuple[EfficiencyCurve, ...] = ()
 
     @model_validator(mode="after")
     def _reserve_fits(self) -> Device:
@@ -79,6 +82,24 @@ class Device(BaseModel):
     def memory_limit_bytes(self) -> int:
         """What a plan may use: memory without the reserve."""
         return self.memory_bytes - self.reserve_bytes
+
+    def measured_seconds(
+        self, kind: KernelClass, dtype: ComputeDtype | None, work: float, backward: bool
+    ) -> float | None:
+        """Seconds of one kernel by the measured curve for its kind, or None where there is none.
+
+        `work` in FLOPs for matmul and attention, in bytes for other kinds; those are looked up in
+        any dtype with None. A curve of the forward pass serves for backward where there is no other.
+        """
+        if not self.curves:
+            return None
+        wanted = "backward" if backward else "forward"
+        fitting = [c for c in self.curves if c.kind == kind and dtype in (None, c.dtype)]
+        for direction in (wanted, "forward"):
+            for curve in fitting:
+                if curve.direction == direction:
+                    return curve.seconds(work)
+        return None
 
     def peak(self, dtype: ComputeDtype) -> float:
         """Peak dense FLOP/s in a dtype, or in the next wider one that the device has units for.

@@ -17,6 +17,7 @@ from ..ir.optable import TABLE
 from ..ir.plan import Annotation, Recompute
 from ..ir.types import NdType
 from .precision import Precision
+from .runtime import Runtime
 from .saved import is_expensive, saves
 from .shards import local_shape
 
@@ -56,26 +57,36 @@ def block_bytes(
     binding: Binding,
     precision: Precision,
     recompute: Recompute = "none",
+    runtime: Runtime | None = None,
 ) -> BlockBytes:
     """Activation bytes of one call of a block on the fullest rank.
 
     `none` keeps what the op table says; `selective` keeps the block's input and the results of
-    contractions and attention (a partial result before and after its reduction); `full` keeps
-    the input alone. `binding` gives the logical sizes that `types` split.
+    contractions and attention (a partial result before and after its reduction), or all but the
+    attention core, as the runtime does it; `full` keeps the input alone. `binding` gives the
+    logical sizes that `types` split; the default runtime is `torch`.
     """
-    return _Liveness(graph, types, mesh, binding, precision).measure(recompute)
+    runs = runtime or Runtime.preset("torch")
+    return _Liveness(graph, types, mesh, binding, precision, runs).measure(recompute)
 
 
 class _Liveness:
     def __init__(
-        self, graph: Graph, types: Annotation, mesh: Mesh, binding: Binding, precision: Precision
+        self,
+        graph: Graph,
+        types: Annotation,
+        mesh: Mesh,
+        binding: Binding,
+        precision: Precision,
+        runtime: Runtime,
     ) -> None:
         self.graph, self.types, self.mesh = graph, types, mesh
-        self.binding, self.precision = binding, precision
+        self.binding, self.precision, self.runtime = binding, precision, runtime
         self.produced = types.produced(graph)
         self.root: dict[str, Storage | None] = {}
         self.lives: dict[Storage, _Life] = {}
         self.statistics = [0] * len(graph.ops)
+        self.scores = [0] * len(graph.ops)
         self.scratch = [0] * len(graph.ops)
         for name in (*graph.inputs, *graph.parameters):
             value = graph.values[name]
@@ -123,6 +134,27 @@ class _Liveness:
             self._keep(self.root[op.results[k]], i)
         if kept.statistics:
             self._keep_statistics(i, op, kept.statistics)
+        if op.kind == "attention" and self.runtime.attention == "unfused":
+            self._keep_scores(i, op)
+        if op.kind == "dropout" and kept is not None:
+            shape = local_shape(self.graph.values[op.results[0]], types.results[0], self.mesh,
+                                self.binding)  # fmt: skip
+            self.statistics[i] = prod(shape) * self.runtime.dropout_mask_bytes
+
+    def _keep_scores(self, i: int, op: Op) -> None:
+        """Attention with its probabilities in memory: kept after the softmax and, with dropout,
+        after that as well, with a mask (Korthikanti et al. 2022, arXiv:2205.05198, section 4.1);
+        beside them one more matrix of scores while they are made."""
+        types = self.types.ops[op.name].operands
+        query, key = (
+            local_shape(self.graph.values[op.operands[k]], types[k], self.mesh, self.binding)
+            for k in (0, 1)
+        )
+        pairs = query[0] * query[1] * query[2] * key[2]
+        each = self.precision.compute_bytes
+        dropped = bool(op.attributes.get("dropout"))
+        self.scores[i] = pairs * (each + (each + 1 if dropped else 0))
+        self.scratch[i] = max(self.scratch[i], pairs * each)
 
     def _same_bytes(self, op: Op) -> bool:
         sizes = {self.precision.element_bytes(self.graph.values[v].dtype)
@@ -161,9 +193,12 @@ class _Liveness:
     def measure(self, recompute: Recompute) -> BlockBytes:
         count = len(self.graph.ops)
         saved = {s: life.saver for s, life in self.lives.items() if life.saver is not None}
-        if recompute == "none":
+        core_only = self.runtime.selective == "core-attention"
+        if recompute == "none" or (recompute == "selective" and core_only):
             kept = sum(self.lives[s].bytes for s in saved) + sum(self.statistics)
             peak = max(self._forward_peak(set(saved)), self._backward_peak(saved))
+            if recompute == "none":
+                kept += sum(self.scores)
             return BlockBytes(kept, max(0, peak - kept))
         keeps = {s for s, life in self.lives.items() if life.born < 0}
         statistics = 0
@@ -220,7 +255,7 @@ class _Liveness:
         alive = peak = 0
         for i, delta in enumerate(change):
             at_op = i < len(self.graph.ops)
-            alive += delta + (self.statistics[i] if at_op else 0)
+            alive += delta + (self.statistics[i] + self.scores[i] if at_op else 0)
             peak = max(peak, alive + (scratch[i] if scratch and at_op else 0))
         return peak
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from ..ir.errors import InvalidInput
 from .liveness import BlockBytes
@@ -21,6 +22,13 @@ class StateBytes:
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer
+
+    def __add__(self, other: StateBytes) -> StateBytes:
+        return StateBytes(
+            self.weights + other.weights,
+            self.gradients + other.gradients,
+            self.optimizer + other.optimizer,
+        )
 
 
 def state_bytes(
@@ -106,17 +114,17 @@ class StageBytes:
 
 
 def stage_bytes(
-    state: StateBytes, blocks: Sequence[BlockBytes], in_flight: int, gather: int = 0
+    state: StateBytes, blocks: Sequence[BlockBytes], in_flight: float, gather: int = 0
 ) -> StageBytes:
     """Adds up a stage.
 
     `blocks` are its calls of blocks, in order; each keeps its activations for every microbatch in
-    flight; the largest workspace of any comes on top, and `gather` of ZeRO.
+    flight (of interleaved stages a fraction); the largest workspace of any comes on top, and `gather` of ZeRO.
     """
     return StageBytes(
         state.weights,
         state.gradients,
         state.optimizer,
-        in_flight * sum(block.kept for block in blocks),
+        ceil(in_flight * sum(block.kept for block in blocks)),
         max((block.workspace for block in blocks), default=0) + gather,
     )

@@ -15,6 +15,7 @@ _WIDE_BYTES = 4  # "at least float32"
 class Precision(BaseModel):
     """A recipe: what is computed in, and bytes kept per parameter.
 
+    `linear_dtype`, where it differs, is what products of an activation with a parameter are in.
     `compute_bytes` of the copy that the forward pass reads, `master_bytes` of a second copy that
     the optimizer updates (0: there is none), `moment_bytes` of AdamW's two moments together,
     `gradient_bytes` of the accumulated gradient.
@@ -24,6 +25,7 @@ class Precision(BaseModel):
 
     name: str
     compute_dtype: ComputeDtype
+    linear_dtype: ComputeDtype | None = None
     compute_bytes: int = Field(gt=0)
     master_bytes: int = Field(ge=0)
     moment_bytes: int = Field(ge=0)

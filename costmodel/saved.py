@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..ir.graph import Graph, Op, Value
 from ..ir.optable import TABLE
 from ..ir.plan import Recompute
+from .runtime import Runtime
 
 _EXPENSIVE = frozenset({"contraction", "attention"})
 """Classes of work whose results selective recomputation keeps."""
@@ -47,13 +48,25 @@ def is_expensive(op: Op) -> bool:
     return TABLE[op.kind].work in _EXPENSIVE
 
 
-def run_again(graph: Graph, recompute: Recompute) -> tuple[Op, ...]:
+def runs_again(op: Op, recompute: Recompute, runtime: Runtime) -> bool:
+    """Whether the op's forward pass runs a second time before its backward pass.
+
+    `full` runs all of a block again. `selective` what the runtime does not keep: every op but
+    contractions and attention, or the attention core alone, which a flash kernel recomputes by
+    itself (Korthikanti et al. 2022, arXiv:2205.05198).
+    """
+    if recompute != "selective":
+        return recompute == "full"
+    if runtime.selective == "core-attention":
+        return TABLE[op.kind].work == "attention" and runtime.attention == "unfused"
+    return not is_expensive(op)
+
+
+def run_again(graph: Graph, recompute: Recompute, runtime: Runtime | None = None) -> tuple[Op, ...]:
     """Ops whose forward pass runs a second time in the backward pass, in order.
 
-    `selective` (every op but contractions and attention; Korthikanti et al. 2022,
-    arXiv:2205.05198, with flash attention in place of its attention core) and `full`. Conversions
-    on the way run again too, except reductions of partial results, which `selective` keeps.
+    Conversions on the way run again too, except reductions of partial results, which `selective`
+    keeps. The default runtime is `torch`.
     """
-    if recompute == "none":
-        return ()
-    return tuple(op for op in graph.ops if recompute == "full" or not is_expensive(op))
+    runs = runtime or Runtime.preset("torch")
+    return tuple(op for op in graph.ops if runs_again(op, recompute, runs))

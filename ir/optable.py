@@ -17,8 +17,11 @@ Linear = Literal["none", "sum", "product", "first"]
 """In which operands the op is linear: jointly in all (`sum`), in each one alone (`product`), in the
 first one (`first`). Decides where partial sums (`P`) may pass through."""
 
-Work = Literal["contraction", "attention", "normalisation", "pointwise", "lookup", "loss", "view"]
-"""Class of work, for the cost model: `view` moves no data."""
+Work = Literal[
+    "contraction", "attention", "normalisation", "pointwise", "lookup", "dispatch", "loss", "view"
+]
+"""Class of work, for the cost model: `view` moves no data; `dispatch` moves tokens to their experts
+and back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,23 @@ _LINES = [
     _line("softmax", "... h -> ... h; h!", "none", "normalisation", 8, "r0"),
     # lookup: a split vocabulary looks up what it has and leaves partial sums
     _line("embedding", "v h, ... -> ... h", "first", "lookup", 0, "x1"),
+    # mixtures of experts. Every expert has c slots for each sequence, which take its tokens in
+    # order; a token beyond them is left out (GShard, arXiv:2006.16868, section 2.2). With c as
+    # large as the load, none is. Which slot a token takes depends on those before it: s is locked.
+    # top_k: scores -> scores of the k largest and 0 elsewhere; which these are. attribute k
+    _line("top_k", "... e -> ... e, ... e; e!", "none", "normalisation", 1, "r1"),
+    # tokens and who chose them -> slots. attributes (here and in moe_combine) experts, top_k
+    _line("moe_dispatch", "b s h, b s e -> e (b c) h; s! c!", "first", "dispatch", 0, "x1"),
+    _line("grouped_linear", "e c h, e o h -> e c o", "product", "contraction", 2, "x0 x1"),
+    # slots, gates, who chose them -> the sum of a token's slots times their gates
+    _line(
+        "moe_combine",
+        "e (b c) h, b s e, b s e -> b s h; s! c!",
+        "product",
+        "dispatch",
+        0,
+        "x0 x1 x2",
+    ),
     # losses: the sum over terms and the count of terms
     _line("cross_entropy", "... v, ... -> , ; v!", "none", "loss", 8, "x0 x1 +1", (("v", "I"),)),
     # sum over all elements, count 1: locked, as every part of a split batch would count 1 again

@@ -8,14 +8,15 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from .errors import InvalidInput
 
-Precision = Literal["bf16", "fp32", "fp64"]
+Precision = Literal["bf16", "fp32", "fp64", "fp16", "fp8"]
 
 
 class Workload(BaseModel):
     """A training step: `global_batch` sequences of `seq_len` tokens.
 
     `precision`: `bf16` is mixed (bfloat16 compute, float32 master weights and gradients), `fp32`
-    and `fp64` are uniform.
+    and `fp64` are uniform. `fp16` is mixed as well, `fp8` multiplies matrices in 8 bits and is
+    `bf16` otherwise; these two can be predicted, not yet emitted.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

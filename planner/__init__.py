@@ -9,11 +9,14 @@ stages           cutting the chain of segments into stages
 candidates       configurations to look at
 search           best first over configurations, with bounds
 request, fix     what is asked for, what is fixed, pins
+step             the price of a step: stages, schedule, what happens once, memory
+predict          the price of a given configuration, without a search
 build, report    the plan, and the plan in words
 """
 
 from .build import build_plan, check_described
 from .fix import Fix
+from .predict import Prediction, predict
 from .report import explain, summary, to_json
 from .request import Request
 from .search import Search
@@ -21,11 +24,13 @@ from .transfer import scaled_plan
 
 __all__ = [
     "Fix",
+    "Prediction",
     "Request",
     "Search",
     "build_plan",
     "check_described",
     "explain",
+    "predict",
     "scaled_plan",
     "summary",
     "to_json",

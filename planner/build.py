@@ -145,7 +145,8 @@ def check_described(plan: Plan) -> None:
 
 def _alternative(request: Request, best: Outcome, other: Outcome) -> Alternative:
     slower = other.seconds / best.seconds - 1
-    parts = Counter({key: other.time[key] - best.time[key] for key in best.time})
+    parts = Counter({key: other.time.get(key, 0.0) - best.time.get(key, 0.0)
+                     for key in {*best.time, *other.time}})  # fmt: skip
     worst, lost = parts.most_common(1)[0]
     reason = f"{slower:.1%} slower, most of it in {worst.replace('_', ' ')} (+{lost:.3g} s)"
     fullest = max(stage.total for stage in other.memory)

@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..costmodel.collectives import Group
 from ..ir import InvalidInput
+from ..ir.plan import ScheduleName
 from .request import Request, pinned_stages, repeated
 
 MAX_MICRO_BATCH = 16
@@ -16,7 +18,12 @@ reached their peak, and activations only grow."""
 
 @dataclass(frozen=True, slots=True, order=True)
 class Candidate:
-    """One configuration; how stages are cut and what is recomputed follows from it."""
+    """One configuration; how stages are cut and what is recomputed follows from it.
+
+    Ranks are laid out tp innermost, then cp, dp and pp; experts are split over `ep` x `etp` of the
+    dp x cp x tp ranks of a stage, `ep` over neighbouring ones first. `zero_group` is how many
+    data-parallel ranks (dp x cp) ZeRO splits state over, neighbours (0: all).
+    """
 
     pp: int
     dp: int
@@ -24,6 +31,12 @@ class Candidate:
     zero: int
     micro_batch: int
     microbatches: int
+    schedule: ScheduleName = "1f1b"
+    vpp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    zero_group: int = 0
 
     @property
     def key(self) -> str:
@@ -31,6 +44,41 @@ class Candidate:
             f"pp={self.pp} dp={self.dp} tp={self.tp} zero={self.zero} "
             f"micro_batch={self.micro_batch}"
         )
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same parameters: the data-parallel group of dense layers."""
+        return self.dp * self.cp
+
+    @property
+    def shards(self) -> int:
+        """Ranks that ZeRO splits the state of dense layers over."""
+        return self.zero_group or self.replicas
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.dp * self.cp * self.tp // (self.ep * self.etp)
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks that ZeRO splits the state of experts over."""
+        return min(self.expert_replicas, self.zero_group or self.expert_replicas)
+
+    @property
+    def expert_data(self) -> Group:
+        """The group over which gradients of experts are reduced."""
+        return Group(self.expert_replicas, self.ep * self.etp)
+
+    @property
+    def data(self) -> Group:
+        """The group over which gradients of dense layers are reduced."""
+        return Group(self.replicas, self.tp)
+
+    @property
+    def pipe(self) -> Group:
+        """The group of a pipeline's ranks."""
+        return Group(self.pp, self.dp * self.cp * self.tp)
 
 
 def divisors(number: int) -> list[int]:
@@ -84,7 +132,8 @@ def _enumerate(request: Request) -> Iterator[Candidate]:
                 if microbatches < pp or (whole and dp > 1):
                     continue
                 for zero in _zero_stages(request, dp):
-                    yield Candidate(pp, dp, tp, zero, micro, microbatches)
+                    schedule: ScheduleName = "gpipe" if fix.schedule == "gpipe" else "1f1b"
+                    yield Candidate(pp, dp, tp, zero, micro, microbatches, schedule)
 
 
 def _micro_batches(request: Request, per_rank: int) -> list[int]:

@@ -1,4 +1,8 @@
-"""What the SBP program pays: the cost model's seconds for ops and conversions on a mesh."""
+"""What the SBP program pays: the cost model's seconds for ops and conversions on a mesh.
+
+`ModelCosts` answers twice: `op` and `conversion` give the program plain seconds to minimise,
+`op_work` and `conversion_work` say where these go, pass by pass.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,22 @@ from math import prod
 
 from ..costmodel.cluster import Cluster
 from ..costmodel.collectives import Group, collective_seconds
-from ..costmodel.compute import backward_seconds, forward_seconds
+from ..costmodel.kernels import Kernels
 from ..costmodel.precision import Precision
-from ..costmodel.saved import is_expensive
+from ..costmodel.runtime import Runtime
+from ..costmodel.saved import runs_again
 from ..costmodel.shards import local_sizes
+from ..costmodel.work import Work
 from ..ir.conversion import Collective, Step, steps
-from ..ir.graph import Binding, Op, Value, bind
+from ..ir.from_dims.experts import SLOTS
+from ..ir.graph import Binding, Graph, Op, Value, bind
 from ..ir.mesh import Axis, Mesh
 from ..ir.optable import TABLE
 from ..ir.plan import Recompute
+from ..ir.rule import FactorName
 from ..ir.types import NdType
+from .candidates import Candidate
+from .experts import ExpertPart, exchange_seconds, expert_sizes
 from .signatures import NdSignature
 
 TIE_S = 1e-9
@@ -26,6 +36,23 @@ TIE_S = 1e-9
 _VOCABULARY_REDUCTIONS = 3
 """All-reduces of one number per token in a cross-entropy over a split vocabulary: the maximum, the
 sum of exponentials and the label's logit (Megatron-LM, Shoeybi et al. 2019, section 3)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassWork:
+    """One forward pass, what of it runs again before the backward pass, and the backward pass."""
+
+    forward: Work
+    again: Work
+    backward: Work
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of the device for all of it."""
+        return self.forward.total_s + self.again.total_s + self.backward.total_s
+
+
+_NOTHING = Work()
 
 
 @dataclass(slots=True)
@@ -37,7 +64,8 @@ class ModelCosts:
     again in the backward pass, as FSDP does): for programs whose axes include data parallelism;
     beside a data-parallel axis of its own that is ZeRO's work. `memory_price_s_per_byte` turns
     bytes of parameter state into seconds; `state_bytes` is what an element of a parameter costs
-    in all its copies.
+    in all its copies. `candidate` says how sequences and experts are split beside the axes (by
+    default not): `binding` then has a rank's part of the sequence.
     """
 
     cluster: Cluster
@@ -45,69 +73,157 @@ class ModelCosts:
     axes: tuple[Axis, ...]
     binding: Binding
     precision: Precision
+    graphs: Mapping[str, Graph]
+    runtime: Runtime = field(default_factory=lambda: Runtime.preset("torch"))
+    candidate: Candidate | None = None
     recompute: Recompute = "none"
     gather_parameters: bool = False
     memory_price_s_per_byte: float = 0.0
     state_bytes: int = 0
-    values: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
-    _ops: dict[tuple[str, str, tuple[str | None, ...]], float] = field(default_factory=dict)
-    _moves: dict[tuple[str, str, NdType, NdType], float] = field(default_factory=dict)
-    _collectives: dict[tuple[Collective, str, int], float] = field(default_factory=dict)
+    _experts: dict[str, ExpertPart] = field(default_factory=dict, init=False)
+    _kernels: dict[str, Kernels] = field(default_factory=dict, init=False)
+    _ops: dict[tuple[str, str, tuple[str | None, ...]], PassWork] = field(
+        default_factory=dict, init=False
+    )
+    _moves: dict[tuple[str, str, NdType, NdType], PassWork] = field(
+        default_factory=dict, init=False
+    )
+    _collectives: dict[tuple[Collective, str, int], float] = field(default_factory=dict, init=False)
 
     def op(self, block: str, op: Op, signature: NdSignature) -> float:
+        return self.op_work(block, op, signature).total_s
+
+    def op_work(self, block: str, op: Op, signature: NdSignature) -> PassWork:
+        """What an op takes, split as a signature says."""
         key = (block, op.name, signature.factors)
         if key not in self._ops:
             self._ops[key] = self._op(block, op, signature)
         return self._ops[key]
 
-    def _op(self, block: str, op: Op, signature: NdSignature) -> float:
-        values = self.values[block]
-        sizes = local_sizes(op, self.binding, signature.splits(self.axes))
-        device = self.cluster.device
-        forward = forward_seconds(op, values, sizes, device, self.precision)
-        again = self.recompute == "full" or (self.recompute == "selective" and not is_expensive(op))
-        total = forward * (2 if again else 1)
-        total += backward_seconds(op, values, sizes, device, self.precision)
-        special = {factor for factor, _ in TABLE[op.kind].special}
+    def _op(self, block: str, op: Op, signature: NdSignature) -> PassWork:
+        if block not in self._kernels:
+            self._kernels[block] = Kernels.of(self.graphs[block], self.precision, self.runtime)
+        kernels = self._kernels[block]
+        inside = self.candidate is not None and op.name in self.expert_part(block).ops
+        sizes = self._sizes(op, signature, inside)
+        device, line = self.cluster.device, TABLE[op.kind]
+        attention = line.work == "attention"
+        forward = Work.of(device, kernels.forward(op, sizes), attention)
+        special = {factor for factor, _ in line.special}
         for axis, factor in zip(self.axes, signature.factors, strict=True):
             if factor is not None and factor.split("_")[0] in special:
                 inner = {f for f in op.rule.factors if f.split("_")[0] in special}
                 rows = prod(n for f, n in sizes.items() if f not in inner)
                 once = self._collective("all_reduce", axis.name, rows * 4)
-                total += _VOCABULARY_REDUCTIONS * once * (2 if again else 1)
-        return total
+                work = Work.communication("tensor_parallel", once, self.runtime)
+                forward.add(work, _VOCABULARY_REDUCTIONS)
+        again = runs_again(op, self.recompute, self.runtime)
+        backward = Work.of(device, kernels.backward(op, sizes), attention)
+        if attention and self.candidate is not None and self.candidate.cp > 1:
+            self._ring(op, sizes, forward, backward)
+        if inside and line.work == "dispatch":
+            self._exchange(block, op, forward, backward)
+        return PassWork(forward, forward if again else _NOTHING, backward)
+
+    def expert_part(self, block: str) -> ExpertPart:
+        """What of a block belongs to experts."""
+        if block not in self._experts:
+            self._experts[block] = ExpertPart.of(self.graphs[block])
+        return self._experts[block]
+
+    def _sizes(self, op: Op, signature: NdSignature, inside: bool) -> dict[FactorName, int]:
+        """A rank's iterations of the loops of an op; under context parallelism its queries attend
+        to the keys of the whole sequence, and experts have a mesh of their own."""
+        if inside:
+            assert self.candidate is not None
+            return expert_sizes(op, local_sizes(op, self.binding), self.candidate)
+        sizes = local_sizes(op, self.binding, signature.splits(self.axes))
+        if op.kind == "attention" and self.candidate is not None:
+            for factor in op.rule.operands[1][2]:
+                if op.sizes[factor] == "s":
+                    sizes[factor] *= self.candidate.cp
+        return sizes
+
+    def _ring(self, op: Op, sizes: Mapping[FactorName, int], forward: Work, backward: Work) -> None:
+        """Ring attention (arXiv:2310.01889): keys and values travel round the context group beside
+        the products, in the backward pass their gradients too; what takes longer counts."""
+        assert self.candidate is not None
+        moved = sum(
+            prod(sizes[f] for dim in op.rule.operands[k] for f in dim)
+            * self.precision.compute_bytes
+            for k in (1, 2)
+        )
+        group = Group(self.candidate.cp, self.candidate.tp)
+        once = collective_seconds(self.cluster, "all_gather", moved, group)
+        for work, rounds in ((forward, 1), (backward, 2)):
+            exposed = max(0.0, rounds * once - work.total_s)
+            work.add(Work.communication("context_parallel", exposed, self.runtime))
+
+    def _exchange(self, block: str, op: Op, forward: Work, backward: Work) -> None:
+        """Tokens to their experts or back, in the backward pass their gradients."""
+        assert self.candidate is not None
+        hidden, shape = (
+            (op.results[0], op.rule.results[0])
+            if op.kind == "moe_dispatch"
+            else (op.operands[0], op.rule.operands[0])
+        )
+        whole = local_sizes(op, self.binding)
+        elements = prod(whole[f] for dim in shape for f in dim) / self.candidate.tp
+        each = self.precision.element_bytes(self.graphs[block].values[hidden].dtype)
+        seconds = exchange_seconds(self.cluster, self.candidate, elements * each)
+        for work in (forward, backward):
+            work.add(Work.communication("expert_parallel", seconds, self.runtime))
 
     def conversion(self, block: str, value: Value, source: NdType, target: NdType) -> float:
         if source == target:
             return 0.0
-        key = (block, value.name, source, target)
-        if key not in self._moves:
-            self._moves[key] = self._conversion(value, source, target)
-        return self._moves[key]
-
-    def _conversion(self, value: Value, source: NdType, target: NdType) -> float:
         path = steps(source, target)
         if any(_dominated(step) for step in path):
             return float("inf")
+        gathered = value.role == "parameter" and any(s.forward == "all_gather" for s in path)
+        if gathered and not self.gather_parameters:
+            return float("inf")
+        return self.conversion_work(block, value, source, target).total_s + TIE_S * len(path)
+
+    def conversion_work(self, block: str, value: Value, source: NdType, target: NdType) -> PassWork:
+        """What a conversion takes, and its dual in the backward pass."""
+        key = (block, value.name, source, target)
+        if key not in self._moves:
+            slots = self.candidate is not None and any(SLOTS in dim for dim in value.dims)
+            self._moves[key] = (
+                PassWork(_NOTHING, _NOTHING, _NOTHING)  # priced with dispatch and combine
+                if slots
+                else self._conversion(value, source, target)
+            )
+        return self._moves[key]
+
+    def _conversion(self, value: Value, source: NdType, target: NdType) -> PassWork:
+        path = steps(source, target)
         parameter = value.role == "parameter"
-        if parameter and any(step.forward == "all_gather" for step in path):
-            if not self.gather_parameters:
-                return float("inf")
-            again = 2
-        else:
-            again = 2 if self.recompute != "none" and not parameter else 1
-        seconds = TIE_S * len(path)
-        state = source
+        gathered = parameter and any(step.forward == "all_gather" for step in path)
+        # Conversions on the way run again, except reductions that selective recomputation keeps.
+        again = gathered or (self.recompute != "none" and not parameter)
+        if self.recompute == "selective" and self.runtime.selective == "core-attention":
+            again = gathered
         element = self.precision.element_bytes(value.dtype)
         # gradients of parameters are reduced in the dtype they are accumulated in
         gradient = self.precision.gradient_bytes if parameter else element
+        forward, backward = Work(), Work()
+        state = source
         for step in path:
             full = self._full_elements(value, state, step)
-            seconds += again * self._collective(step.forward, step.axis, full * element)
+            forward.add(self._communication(step.forward, step.axis, full * element))
             if value.grad:
-                seconds += self._collective(step.backward, step.axis, full * gradient)
+                backward.add(self._communication(step.backward, step.axis, full * gradient))
             state = state.replace(step.axis, step.target)
-        return seconds
+        return PassWork(forward, forward if again else _NOTHING, backward)
+
+    def _communication(self, kind: Collective, axis: str, full_bytes: int) -> Work:
+        seconds = self._collective(kind, axis, full_bytes)
+        if not seconds:
+            return _NOTHING
+        exposed = seconds * (1 - self.runtime.tensor_overlap)
+        return Work.communication("tensor_parallel", exposed, self.runtime)
 
     def _full_elements(self, value: Value, state: NdType, step: Step) -> int:
         """Elements of the value within the step's group: what the other axes leave of it."""

@@ -17,14 +17,16 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _DEGREES = ("pp", "vpp", "dp", "cp", "tp", "ep", "etp", "micro_batch", "zero_group")
 KEYS = (*_DEGREES, "sp", "zero", "stages", *_CHOICES)
 
-_ONLY: dict[str, tuple[object, str]] = {
-    "vpp": (1, "interleaved schedules"),
-    "cp": (1, "context parallelism"),
-    "ep": (1, "expert parallelism"),
-    "etp": (1, "expert parallelism"),
-    "attention": ("heads", "attention over a split sequence"),
+_PLANNED: dict[str, tuple[tuple[object, ...], str]] = {
+    "vpp": ((1,), "interleaved schedules"),
+    "cp": ((1,), "context parallelism"),
+    "ep": ((1,), "expert parallelism"),
+    "etp": ((1,), "expert parallelism"),
+    "attention": (("heads",), "attention over a split sequence"),
+    "schedule": (("1f1b", "gpipe"), "interleaved and zero-bubble schedules"),
+    "zero_group": ((), "ZeRO over a part of the data-parallel ranks"),
 }
-"""Values these keys are limited to until the named feature is built."""
+"""Values of these keys that can be planned and emitted; `predict` prices all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,12 @@ class Fix:
     schedule: str | None = None
     stages: tuple[int, ...] | None = None
     sp: bool | None = None
+    vpp: int | None = None
+    cp: int | None = None
+    ep: int | None = None
+    etp: int | None = None
+    zero_group: int | None = None
+    attention: str | None = None
 
     @staticmethod
     def parse(text: str | Mapping[str, Any] | None) -> Fix:
@@ -60,6 +68,17 @@ class Fix:
         else:
             raise InvalidInput(f"--fix: got {text!r}, expected text such as tp=8,pp=4 or a mapping")
         return Fix(**{key: value for key, value in _read(items).items() if key in _FIELDS})
+
+    def check_planned(self) -> None:
+        """Raises InvalidInput for what can be predicted, but not yet planned and emitted."""
+        for key, (values, feature) in _PLANNED.items():
+            value = getattr(self, key)
+            if value is not None and value not in values:
+                expected = f", expected {key}={' or '.join(map(str, values))}" if values else ""
+                raise InvalidInput(
+                    f"--fix: {key}={value}: {feature} cannot be planned yet{expected}; "
+                    "`shardwright predict` prices it"
+                )
 
     def with_defaults(self) -> Fix:
         """What `predict` and `verify` take for granted: 1 or the default where nothing is said."""
@@ -103,17 +122,6 @@ def _read(items: Mapping[str, Any]) -> dict[str, Any]:
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise InvalidInput(f"--fix: unknown key {key!r}{hint}; known: {', '.join(KEYS)}")
         found[key] = readers[key](key, value)
-        if key in _ONLY and found[key] != _ONLY[key][0]:
-            raise InvalidInput(
-                f"--fix: {key}={value}: {_ONLY[key][1]} cannot be planned yet, "
-                f"expected {key}={_ONLY[key][0]}"
-            )
-    if found.get("schedule") not in (None, "1f1b", "gpipe"):
-        raise InvalidInput(
-            f"--fix: schedule={found['schedule']} cannot be planned yet, expected 1f1b or gpipe"
-        )
-    if "zero_group" in found:
-        raise InvalidInput("--fix: zero_group cannot be planned yet, expected all ranks of dp")
     stages, pp = found.get("stages"), found.get("pp")
     if stages and pp and len(stages) != pp:
         raise InvalidInput(f"--fix: stages={value_of(stages)} has {len(stages)} stages, pp={pp}")

@@ -6,15 +6,17 @@ mode the seconds and bytes of one microbatch on one rank, and the types that mak
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import gcd, prod
 
 from ..costmodel.cluster import Cluster
 from ..costmodel.liveness import BlockBytes, block_bytes
 from ..costmodel.precision import Precision
+from ..costmodel.runtime import Runtime
 from ..costmodel.shards import local_shape
+from ..costmodel.work import Work
 from ..ir.graph import Binding, Graph, Model, Op
 from ..ir.mesh import Axis, Mesh
 from ..ir.optable import TABLE
@@ -34,10 +36,21 @@ faster by more than this: the median error of the best published cost model on p
 
 @dataclass(frozen=True, slots=True)
 class BlockCost:
-    """One call of a block for one microbatch on one rank."""
+    """One call of a block for one microbatch on one rank, with the host's time in it.
 
-    seconds: float
+    `backward` includes what is recomputed first; `weights_s` is the part of it that makes gradients
+    of parameters, which nothing waits for before the optimizer.
+    """
+
+    forward: Work
+    backward: Work
+    weights_s: float
     memory: BlockBytes
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of both passes."""
+        return self.forward.total_s + self.backward.total_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +59,8 @@ class Inner:
 
     `annotations` are on the tensor axes only. `bound_seconds` is the least any typing takes for a
     microbatch through the whole model. `local_parameters` are a rank's elements of each parameter
-    of a block (after tensor parallelism), `carried_bytes` what a block hands to the next.
+    of a block (after tensor and expert parallelism), `carried_bytes` what a block hands to the
+    next, `expert_parameters` names which of a block's parameters belong to experts.
     """
 
     axes: tuple[Axis, ...]
@@ -56,6 +70,7 @@ class Inner:
     method: str
     local_parameters: Mapping[str, tuple[int, ...]]
     carried_bytes: Mapping[str, int]
+    expert_parameters: Mapping[str, frozenset[str]]
 
 
 def sub_axes(model: Model, tp: int) -> tuple[int, ...]:
@@ -93,6 +108,7 @@ def solve_inner(
     modes: Sequence[Recompute] = MODES,
     solver: Solver = "highs",
     decided_on: Cluster | None = None,
+    runtime: Runtime | None = None,
 ) -> Inner:
     """Types every block on the tensor axes of `mesh` and prices it in every recompute mode.
 
@@ -102,50 +118,134 @@ def solve_inner(
     the one whose prices are reported.
     """
     axes = tuple(axis for axis in mesh.axes if axis.parent == "tp")
-    values = {name: graph.values for name, graph in model.blocks.items()}
-    plain = ModelCosts(decided_on or cluster, mesh, axes, binding, precision, values=values)
+    runs = runtime or Runtime.preset("torch")
+    plain = ModelCosts(decided_on or cluster, mesh, axes, binding, precision, model.blocks, runs)
     divisible = {**binding, "b": 1}  # sequences are split by the data-parallel axis alone
     fastest = solve(chain, axes, divisible, plain, solver)
     chosen = fastest
     if prod(axis.size for axis in axes) > 1:
         state = precision.compute_bytes + precision.gradient_bytes + precision.optimizer_bytes
         price = _recompute_rate(chain, fastest, plain, mesh, binding, precision)
-        thrifty_costs = replace(
-            plain, memory_price_s_per_byte=price, state_bytes=state, _ops={}, _moves={}
-        )
+        thrifty_costs = replace(plain, memory_price_s_per_byte=price, state_bytes=state)
         thrifty = solve(chain, axes, divisible, thrifty_costs, solver)
         seconds = sum(evaluate(chain, thrifty.annotations, plain).values())
         if seconds <= fastest.objective * (1 + MEMORY_PREFERENCE):
             chosen = thrifty
-    costs: dict[tuple[str, Recompute], BlockCost] = {}
-    bound = fastest.objective
-    if decided_on is not None:
-        plain = replace(plain, cluster=cluster, _ops={}, _moves={}, _collectives={})
-        bound = sum(evaluate(chain, chosen.annotations, plain).values())
-    for mode in modes:
-        pricing = replace(plain, recompute=mode, _ops={}, _moves={})
-        seconds_of = evaluate(chain, chosen.annotations, pricing)
-        for block, graph in chain.blocks.items():
-            types = chosen.annotations[block]
-            memory = block_bytes(graph, types, mesh, binding, precision, mode)
-            costs[block, mode] = BlockCost(seconds_of[block] / chain.counts[block], memory)
-    blocks = chain.blocks.items()
+    method = chosen.method if chosen.method == fastest.method else "mip"
+    if decided_on is None:
+        return inner_of(chain, chosen.annotations, plain, modes, fastest.objective, method)
+    priced = replace(plain, cluster=cluster)
+    return inner_of(chain, chosen.annotations, priced, modes, method=method)
+
+
+def inner_of(
+    chain: Chain,
+    annotations: Mapping[str, Annotation],
+    costs: ModelCosts,
+    modes: Sequence[Recompute] = MODES,
+    bound_seconds: float | None = None,
+    method: str = "given",
+) -> Inner:
+    """Blocks under given types, priced; the bound, unless given, is what these types take."""
+    mesh, binding, blocks = costs.mesh, costs.binding, chain.blocks.items()
+    if bound_seconds is None:
+        bound_seconds = sum(evaluate(chain, annotations, costs).values())
     return Inner(
-        axes,
-        chosen.annotations,
-        costs,
-        bound,
-        chosen.method if chosen.method == fastest.method else "mip",
-        {b: _local_parameters(g, chosen.annotations[b], mesh, binding) for b, g in blocks},
-        {b: _carried_bytes(chain, b, chosen.annotations[b], mesh, binding, precision)
+        costs.axes,
+        annotations,
+        price_blocks(chain, annotations, costs, modes),
+        bound_seconds,
+        method,
+        {b: _local_parameters(b, annotations[b], costs) for b, _ in blocks},
+        {b: _carried_bytes(chain, b, annotations[b], mesh, binding, costs.precision)
          for b, _ in blocks},
+        {b: costs.expert_part(b).parameters for b, _ in blocks},
     )  # fmt: skip
+
+
+def price_blocks(
+    chain: Chain,
+    annotations: Mapping[str, Annotation],
+    costs: ModelCosts,
+    modes: Sequence[Recompute] = MODES,
+) -> dict[tuple[str, Recompute], BlockCost]:
+    """Time and memory of one call of every block in every recompute mode, under given types."""
+    found: dict[tuple[str, Recompute], BlockCost] = {}
+    measured = costs.cluster.device.host_s_per_call
+    for mode in modes:
+        pricing = replace(costs, recompute=mode)
+        for block, graph in chain.blocks.items():
+            passes = block_work(chain, block, annotations[block], pricing)
+            passes.backward.add(passes.again)
+            if mode != "none":
+                passes.backward.calls += costs.runtime.calls_per_checkpoint
+            memory = block_bytes(
+                graph, annotations[block], costs.mesh, costs.binding, costs.precision, mode,
+                costs.runtime,
+            )  # fmt: skip
+            found[block, mode] = BlockCost(
+                passes.forward.with_host(costs.runtime, measured),
+                passes.backward.with_host(costs.runtime, measured),
+                passes.weights_s,
+                memory,
+            )
+    return found
+
+
+@dataclass(slots=True)
+class BlockWork:
+    """The passes of one call of a block, all its ops and conversions together."""
+
+    forward: Work = field(default_factory=Work)
+    again: Work = field(default_factory=Work)
+    backward: Work = field(default_factory=Work)
+    weights_s: float = 0.0
+
+
+def block_work(chain: Chain, block: str, types: Annotation, costs: ModelCosts) -> BlockWork:
+    """Adds up one call of a block from its annotation alone."""
+    graph, total = chain.blocks[block], BlockWork()
+    again = costs.recompute == "full"
+    for op in graph.ops:
+        if TABLE[op.kind].work == "view":  # nothing for the device, a call for the host
+            total.forward.calls += 1
+            total.again.calls += again
+            total.backward.calls += any(graph.values[name].grad for name in op.results)
+        if not is_view(op):
+            work = costs.op_work(block, op, signature_of(op, types.ops[op.name], costs.axes))
+            total.forward.add(work.forward)
+            total.again.add(work.again)
+            total.backward.add(work.backward)
+            if TABLE[op.kind].work == "contraction":
+                wanted = [graph.values[name] for name in op.operands if graph.values[name].grad]
+                weights = sum(value.role == "parameter" for value in wanted)
+                total.weights_s += work.backward.total_s * weights / max(1, len(wanted))
+    for name, source, target in conversions(chain, block, types):
+        moves = costs.conversion_work(block, graph.values[name], source, target)
+        total.forward.add(moves.forward)
+        total.again.add(moves.again)
+        total.backward.add(moves.backward)
+    return total
+
+
+def conversions(
+    chain: Chain, block: str, types: Annotation
+) -> Iterator[tuple[str, NdType, NdType]]:
+    """The conversions of a block that cost something: value, type it is made in, type needed."""
+    graph = chain.blocks[block]
+    made = types.produced(graph)
+    free = chain.free.get(block, frozenset())
+    for name, kinds in types.needed(graph).items():
+        if name not in free:
+            for kind in kinds:
+                if kind != made[name]:
+                    yield name, made[name], kind
 
 
 def evaluate(
     chain: Chain, annotations: Mapping[str, Annotation], costs: ModelCosts
 ) -> dict[str, float]:
-    """Seconds of all occurrences of each block, added up from the annotations alone."""
+    """What the program minimises, for all occurrences of each block, from the annotations alone."""
     found: dict[str, float] = {}
     for block, graph in chain.blocks.items():
         types = annotations[block]
@@ -153,13 +253,8 @@ def evaluate(
         for op in graph.ops:
             if not is_view(op):
                 total += costs.op(block, op, signature_of(op, types.ops[op.name], costs.axes))
-        made = types.produced(graph)
-        free = chain.free.get(block, frozenset())
-        for name, kinds in types.needed(graph).items():
-            if name in free:
-                continue
-            for kind in kinds:
-                total += costs.conversion(block, graph.values[name], made[name], kind)
+        for name, source, target in conversions(chain, block, types):
+            total += costs.conversion(block, graph.values[name], source, target)
         found[block] = total * chain.counts[block]
     return found
 
@@ -216,13 +311,17 @@ def replicated(graph: Graph, axes: Sequence[str], kind: AxisType) -> Annotation:
     )  # fmt: skip
 
 
-def _local_parameters(
-    graph: Graph, types: Annotation, mesh: Mesh, binding: Binding
-) -> tuple[int, ...]:
-    return tuple(
-        prod(local_shape(graph.values[name], kind, mesh, binding))
-        for name, kind in zip(graph.parameters, types.parameters, strict=True)
-    )
+def _local_parameters(block: str, types: Annotation, costs: ModelCosts) -> tuple[int, ...]:
+    graph, candidate = costs.graphs[block], costs.candidate
+    experts = costs.expert_part(block).parameters if candidate is not None else frozenset()
+    found = []
+    for name, kind in zip(graph.parameters, types.parameters, strict=True):
+        value = graph.values[name]
+        if candidate is not None and name in experts:
+            found.append(-(-prod(value.shape({})) // (candidate.ep * candidate.etp)))
+        else:
+            found.append(prod(local_shape(value, kind, costs.mesh, costs.binding)))
+    return tuple(found)
 
 
 def _carried_bytes(
@@ -254,7 +353,7 @@ def _recompute_rate(
 ) -> float:
     """Seconds per byte at which full recomputation buys activation memory, over all blocks."""
     seconds = saved = 0.0
-    slow = replace(plain, recompute="full", _ops={}, _moves={})
+    slow = replace(plain, recompute="full")
     before = evaluate(chain, fastest.annotations, plain)
     after = evaluate(chain, fastest.annotations, slow)
     for block, graph in chain.blocks.items():

@@ -127,7 +127,7 @@ def explain(plan: Plan) -> str:
     binds = [f"What binds: stage {fullest} uses {used:.0%} of the memory"]
     if any(mode != "none" for stage in plan.stages for mode in stage.recompute):
         binds.append("memory: some layers are recomputed to fit")
-    bubble = predicted.time.get("pipeline_fill_and_drain", 0.0) / predicted.step_seconds
+    bubble = predicted.time.get("pipeline_bubble", 0.0) / predicted.step_seconds
     if bubble > 0.05:
         binds.append(f"the batch: {plan.microbatches} microbatches leave a bubble of {bubble:.0%}")
     others = _table("Runners-up", "strategy", "step s", "GiB")

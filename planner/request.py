@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
+from math import prod
 
 from ..costmodel.cluster import Cluster
-from ..costmodel.compute import op_flops
+from ..costmodel.kernels import op_flops
 from ..costmodel.precision import Precision
+from ..costmodel.runtime import Runtime
 from ..costmodel.shards import local_sizes
 from ..ir import InvalidInput
+from ..ir.from_dims import expert_binding
 from ..ir.graph import Graph, Model
 from ..ir.optable import TABLE
 from ..ir.plan import data_parallel_types
@@ -28,6 +31,7 @@ class Request:
     cluster: Cluster
     workload: Workload
     fix: Fix
+    runtime: Runtime = field(default_factory=lambda: Runtime.preset("torch"))
 
     @property
     def precision(self) -> Precision:
@@ -50,7 +54,7 @@ class Request:
         return self._flops(others=1)
 
     def _flops(self, others: int) -> float:
-        binding = {"b": 1, "s": self.workload.seq_len}
+        binding = expert_binding(self.model, {"b": 1, "s": self.workload.seq_len})
         total = 0.0
         for block, count in Counter(s.block for s in self.model.segments).items():
             graph = self.model.blocks[block]
@@ -78,10 +82,11 @@ class Request:
         if (self.fix.dp or 1) > 1 and (reason := self.whole_batch()):
             raise InvalidInput(f"--fix: dp={self.fix.dp}: {reason}")
         fix, world = self.fix, self.cluster.world_size
-        product = (fix.pp or 1) * (fix.dp or 1) * (fix.tp or 1)
-        if world % product or (fix.pp and fix.dp and fix.tp and product != world):
+        degrees = [fix.pp, fix.dp, fix.cp or 1, fix.tp]
+        product = prod(degree or 1 for degree in degrees)
+        if world % product or (None not in degrees and product != world):
             raise InvalidInput(
-                f"--fix: pp*dp*tp = {product} does not make up the cluster's {world} devices "
+                f"--fix: pp*dp*cp*tp = {product} does not make up the cluster's {world} devices "
                 f"({fix})"
             )
         if fix.stages is not None:

@@ -19,16 +19,10 @@ from itertools import pairwise
 import numpy as np
 
 from ..costmodel.cluster import Cluster
-from ..costmodel.collectives import Group, collective_seconds
-from ..costmodel.memory import StageBytes, StateBytes, gather_bytes, stage_bytes, state_bytes
-from ..costmodel.steptime import (
-    data_parallel_sync,
-    exposed_seconds,
-    optimizer_step_seconds,
-    overlap_cost_fraction,
-    pipeline_estimate_seconds,
-)
+from ..costmodel.memory import StageBytes, StateBytes, gather_bytes, state_bytes
+from ..costmodel.steptime import data_parallel_sync, overlap_cost_fraction
 from ..ir import Infeasible, InvalidInput
+from ..ir.from_dims import expert_binding
 from ..ir.mesh import Mesh
 from ..ir.plan import Recompute
 from .candidates import Candidate, candidates, most_devices
@@ -38,6 +32,7 @@ from .linear_program import Solver
 from .request import Request, bounds_of, pinned_stages, pinned_types, repeated
 from .sbp_program import Chain
 from .stages import Array, Cut, SegmentTable, Shortfall, cut_stages
+from .step import in_flight, price_step, rank_state
 
 GIB = 2**30
 TIE = 1e-3
@@ -91,6 +86,7 @@ class Search:
 
     def __post_init__(self) -> None:
         model = self.request.model
+        self.request.fix.check_planned()
         self.request.check()
         self.chain = replace(
             Chain.of(model, pinned_types(model)), sequence_split=self.request.fix.sp
@@ -218,11 +214,15 @@ class Search:
             self.chain,
             self.request.cluster,
             self.mesh(candidate),
-            {"b": candidate.micro_batch, "s": self.request.workload.seq_len},
+            expert_binding(
+                self.request.model,
+                {"b": candidate.micro_batch, "s": self.request.workload.seq_len},
+            ),
             self.request.precision,
             tuple(dict.fromkeys(("none", *self.modes))),
             self.solver,
             decided_on,
+            self.request.runtime,
         )
 
     def solve(self, candidate: Candidate) -> Outcome | Shortfall:
@@ -231,17 +231,16 @@ class Search:
         assert inner is not None
         sync = self._sync_per_microbatch(candidate, inner)
         table = self._table(candidate, inner, sync)
-        gpipe = request.fix.schedule == "gpipe"
-        m, pp = candidate.microbatches, candidate.pp
-        in_flight = [m if gpipe else min(m, pp - s) for s in range(pp)]
+        m = candidate.microbatches
+        held = [in_flight(candidate, rank) for rank in range(candidate.pp)]
         stages = request.fix.stages
         cut = cut_stages(
-            table, in_flight, m, request.limit_bytes, self.stage_of, sync,
+            table, held, m, request.limit_bytes, self.stage_of, sync,
             bounds_of(request.model, stages) if stages else None,
         )  # fmt: skip
         if isinstance(cut, Shortfall):
             return cut
-        return self._priced(candidate, inner, self._layers_only(cut), in_flight)
+        return self._priced(candidate, inner, self._layers_only(cut))
 
     def _layers_only(self, cut: Cut) -> Cut:
         """A cut whose modes are those of layers; what is no layer is not recomputed."""
@@ -287,65 +286,22 @@ class Search:
         )  # fmt: skip
 
     def _state(self, candidate: Candidate, parameters: tuple[int, ...]) -> StateBytes:
-        return state_bytes(sum(parameters), self.request.precision, candidate.zero, candidate.dp)
+        return rank_state(self.request.precision, candidate, sum(parameters))
 
     def _sync_per_microbatch(self, candidate: Candidate, inner: Inner) -> Array:
-        group = Group(candidate.dp, candidate.tp)
         return np.array(
             [
                 data_parallel_sync(
-                    self.request.cluster, group, sum(inner.local_parameters[s.block]),
+                    self.request.cluster, candidate.data, sum(inner.local_parameters[s.block]),
                     self.request.precision, candidate.zero,
                 ).per_microbatch_s
                 for s in self.request.model.segments
             ]
         )  # fmt: skip
 
-    def _priced(
-        self, candidate: Candidate, inner: Inner, cut: Cut, in_flight: list[int]
-    ) -> Outcome:
-        request, model = self.request, self.request.model
-        cluster, precision = request.cluster, request.precision
-        pipe = Group(candidate.pp, candidate.dp * candidate.tp)
-        transfers = [
-            collective_seconds(
-                cluster, "send", inner.carried_bytes[model.segments[bound - 1].block], pipe
-            )
-            for bound in cut.bounds[1:-1]
-        ]
-        pipeline = pipeline_estimate_seconds(cut.seconds, transfers, candidate.microbatches)
-        data = Group(candidate.dp, candidate.tp)
-        exposed = optimizer = 0.0
-        memory = []
-        for s, (first, last) in enumerate(pairwise(cut.bounds)):
-            names: dict[str, int] = {}
-            for segment in model.segments[first:last]:
-                sizes = inner.local_parameters[segment.block]
-                names |= dict(zip(segment.parameters, sizes, strict=True))
-            elements = sum(names.values())
-            sync = data_parallel_sync(cluster, data, elements, precision, candidate.zero)
-            # hidden behind one microbatch: reduction behind its backward, gathering behind forward
-            exposed = max(exposed, exposed_seconds(sync.per_step_s, cut.seconds[s]))
-            share = candidate.dp if candidate.zero >= 1 else 1
-            optimizer = max(
-                optimizer, optimizer_step_seconds(cluster.device, elements / share, precision)
-            )
-            blocks = [
-                inner.costs[segment.block, mode].memory
-                for segment, mode in zip(model.segments[first:last], cut.modes[s], strict=True)
-            ]
-            state = self._state(candidate, tuple(names.values()))
-            largest = max(sum(inner.local_parameters[x.block]) for x in model.segments[first:last])
-            gather = gather_bytes(largest, precision, candidate.zero, candidate.dp)
-            memory.append(stage_bytes(state, blocks, in_flight[s], gather))
-        busiest = candidate.microbatches * max(cut.seconds)
-        parts = {
-            "compute_and_tensor_parallel": busiest,
-            "pipeline_fill_and_drain": pipeline - busiest,
-            "gradient_synchronisation": exposed,
-            "optimizer": optimizer,
-        }
-        return Outcome(candidate, inner, cut, pipeline + exposed + optimizer, parts, tuple(memory))
+    def _priced(self, candidate: Candidate, inner: Inner, cut: Cut) -> Outcome:
+        price = price_step(self.request, candidate, inner, cut.bounds, cut.modes)
+        return Outcome(candidate, inner, cut, price.seconds, dict(price.time), price.memory)
 
     # --- messages --------------------------------------------------------------------------------
 

@@ -54,7 +54,7 @@ class Shortfall:
 
 def cut_stages(
     table: SegmentTable,
-    in_flight: Sequence[int],
+    in_flight: Sequence[float],
     microbatches: int,
     limit_bytes: float,
     stage_of: Sequence[int | None],
@@ -144,7 +144,7 @@ class _Intervals:
         index = np.arange(self.state.shape[0])
         self.empty = index[:, None] >= index[None, :]
 
-    def times(self, in_flight: int, limit_bytes: float, floor: Array | None) -> Array:
+    def times(self, in_flight: float, limit_bytes: float, floor: Array | None) -> Array:
         """Least seconds of a microbatch for every interval that fits; inf elsewhere."""
         best = np.full_like(self.state, np.inf)
         for cheap in range(len(self.seconds)):
@@ -218,7 +218,7 @@ def _chain(times: Sequence[Array], pace: float, count: int) -> tuple[float, list
 
 
 def _modes(
-    table: SegmentTable, first: int, last: int, in_flight: int, limit_bytes: float
+    table: SegmentTable, first: int, last: int, in_flight: float, limit_bytes: float
 ) -> list[int]:
     """The modes of one stage's segments (as rows): of every pair of modes as few segments in the
     dearer one as `limit_bytes` of activations and workspace ask, those that save most first; the
@@ -246,7 +246,7 @@ def _modes(
 
 def _least_bytes(
     every: _Intervals,
-    in_flight: Sequence[int],
+    in_flight: Sequence[float],
     stage_of: Sequence[int | None],
     fixed_bounds: tuple[int, ...] | None,
 ) -> float:

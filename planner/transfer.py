@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..ir import InvalidInput
+from ..ir.from_dims import expert_binding
 from ..ir.graph import Binding, Graph, Model, bind
 from ..ir.mesh import Axis, Mesh
 from ..ir.plan import Annotation, OpTypes, Plan, Recompute, Stage
@@ -29,7 +30,7 @@ def scaled_plan(
     does not divide the smaller sizes.
     """
     mesh = Mesh(tuple(Axis(a.name, sizes.get(a.name, a.size), a.parent) for a in plan.mesh.axes))
-    binding = {"b": plan.strategy.micro_batch, "s": seq_len}
+    binding = expert_binding(model, {"b": plan.strategy.micro_batch, "s": seq_len})
     tensor: dict[str, Annotation] = {}
     for block, graph in model.blocks.items():
         if block not in plan.model.blocks:

@@ -223,8 +223,8 @@ ARITY = {"add": 2, "sub": 2, "mul": 2, "div": 2}
 NOT_ONE = {"rotary": ("d",), "rotary_table": ("d",)}
 """Factors that must be even."""
 
-NO_GRADIENT_RESULTS = {("cross_entropy", 1), ("sum_loss", 1), ("mean_loss", 1)}
-"""Counts."""
+NO_GRADIENT_RESULTS = {("cross_entropy", 1), ("sum_loss", 1), ("mean_loss", 1), ("top_k", 1)}
+"""Counts and choices."""
 
 
 def _none(d: Draw, operands: list[Sizes], results: list[Sizes]) -> Attributes:
@@ -255,6 +255,7 @@ ATTRIBUTES: dict[str, Callable[[Draw, list[Sizes], list[Sizes]], Attributes]] = 
     "gelu": lambda d, x, r: {"approximate": d.pick("none", "tanh")},
     "power": lambda d, x, r: {"exponent": d.pick(2, 3, 0.5, -1.0)},
     "dropout": lambda d, x, r: {"p": 0.3},
+    "top_k": lambda d, x, r: {"k": d.draw(st.integers(1, shape_of(x[0])[-1]))},
 }
 
 Data = Callable[[Draw, tuple[int, ...], tuple[int, ...]], Tensor]
@@ -286,6 +287,8 @@ DATA: dict[tuple[str, int], Data] = {
     ("attention", 3): _mask,
     ("embedding", 1): _ids,
     ("cross_entropy", 1): _labels,
+    ("moe_dispatch", 1): _mask,
+    ("moe_combine", 2): _mask,
     ("rotary_table", 0): _positions,
     ("shift_labels", 0): _positions,
     ("div", 1): _positive,

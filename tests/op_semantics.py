@@ -2,9 +2,9 @@
 
 The oracle of the tests: `SEMANTICS[kind](operands, attributes, result_shapes)` returns the results.
 `result_shapes` are the shapes of the results on whatever the operands are (whole tensors or
-shards); only `reshape`, `expand`, `positions` and `constant` need them. Dtypes are concrete here:
-run it in float64, where `cast` between floating dtypes changes nothing. Dropout is the identity
-(compare with a model in eval mode).
+shards); only `reshape`, `expand`, `positions`, `constant` and `moe_dispatch` need them. Dtypes are
+concrete here: run it in float64, where `cast` between floating dtypes changes nothing. Dropout is
+the identity (compare with a model in eval mode).
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def _attention(
     """softmax(scale·q·kᵀ, capped, masked)·v; query head `k·g + j` reads key head `k`.
 
     `causal`: query i sees keys j ≤ i. `window`: and only i - j < window (without causal also
-    j - i < window). `softcap`: scores become c·tanh(scores / c) before the mask.
+    j - i < window). `softcap`: scores become c·tanh(scores / c) before the mask. `alibi`: head n
+    of N loses 2^(-8n/N) per key of distance (arXiv:2108.12409; N a power of two); whole heads only.
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -66,6 +67,9 @@ def _attention(
         scores = cap * torch.tanh(scores / cap)
     behind = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])[None, :]
     allowed = torch.ones_like(behind, dtype=torch.bool)
+    if attributes.get("alibi"):
+        slopes = 2.0 ** (-8.0 * torch.arange(1, q.shape[1] + 1).double() / q.shape[1])
+        scores = scores - slopes[:, None, None] * behind
     if attributes.get("causal"):
         allowed &= behind >= 0
     if window := attributes.get("window"):
@@ -145,6 +149,36 @@ def _embedding(attributes: Mapping[str, Any], weight: Tensor, ids: Tensor) -> Te
     return F.embedding(ids, weight, padding_idx=attributes.get("padding_idx"))
 
 
+def _top_k(
+    operands: Sequence[Tensor], attributes: Mapping[str, Any], _: Shapes
+) -> tuple[Tensor, ...]:
+    (scores,) = operands
+    least = scores.topk(attributes["k"], -1).values[..., -1:]
+    chosen = scores >= least
+    return scores * chosen, chosen
+
+
+def _taken(chosen: Tensor, slots: int) -> Tensor:
+    """b s e c: 1 where the token at s takes slot c of expert e. An expert's slots are taken in the
+    order of the sequence; who comes later than the last gets none."""
+    place = chosen.long().cumsum(1) - 1
+    return ((place[..., None] == torch.arange(slots)) & chosen.bool()[..., None]).double()
+
+
+def _moe_dispatch(
+    operands: Sequence[Tensor], attributes: Mapping[str, Any], shapes: Shapes
+) -> tuple[Tensor, ...]:
+    tokens, chosen = operands
+    taken = _taken(chosen, _shape(shapes)[1] // len(tokens))
+    return (torch.einsum("bsh,bsec->ebch", tokens, taken).flatten(1, 2),)
+
+
+def _moe_combine(slots: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
+    slots = slots.unflatten(1, (len(gates), -1))
+    taken = _taken(chosen, slots.shape[2])
+    return torch.einsum("ebch,bse,bsec->bsh", slots, gates, taken)
+
+
 def _constant(attributes: Mapping[str, Any], shapes: Shapes) -> Tensor:
     value = torch.tensor(attributes["value"])
     value = value.double() if value.is_floating_point() else value
@@ -171,6 +205,11 @@ SEMANTICS: dict[str, Semantics] = {
     "softmax": _one(lambda x: torch.softmax(x, -1)),
     # lookup
     "embedding": _with(_embedding),
+    # mixtures of experts
+    "top_k": _top_k,
+    "moe_dispatch": _moe_dispatch,
+    "grouped_linear": _one(lambda x, w: x @ w.mT),
+    "moe_combine": _one(_moe_combine),
     # losses: sum and count
     "cross_entropy": _cross_entropy,
     "sum_loss": lambda operands, attributes, shapes: (

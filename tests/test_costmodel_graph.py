@@ -11,22 +11,25 @@ from hypothesis import strategies as st
 from shardwright.costmodel import (
     BlockBytes,
     Device,
+    Kernel,
     Precision,
+    Runtime,
     backward_seconds,
     block_bytes,
     forward_seconds,
     gather_bytes,
     in_flight_microbatches,
+    kernel_seconds,
     local_shape,
     local_sizes,
     op_flops,
     op_splits,
-    roofline_seconds,
     run_again,
     saves,
     stage_bytes,
     state_bytes,
 )
+from shardwright.costmodel.compute import product_efficiency
 from shardwright.ir import AxisType, I, NdType, P, R, S
 from shardwright.ir.errors import InvalidInput
 from shardwright.ir.graph import Graph, Op, Value
@@ -157,20 +160,58 @@ def test_a_window_sees_less_and_a_mask_changes_nothing() -> None:
 
 
 def test_a_roofline_has_two_sides_and_a_floor() -> None:
-    peak, bandwidth = 989.4e12 * 0.70, 3350e9 * 0.85
-    assert roofline_seconds(H100, 1e15, 0, "bfloat16", "matmul") == pytest.approx(
+    peak, bandwidth = 989.4e12 * 0.73, 3350e9 * 0.85
+    assert kernel_seconds(H100, Kernel("matmul", 1e15, 0, "bfloat16")) == pytest.approx(
         1e15 / peak + 4e-6
     )
-    assert roofline_seconds(H100, 0, 1e12, "bfloat16", "matmul") == pytest.approx(
+    assert kernel_seconds(H100, Kernel("matmul", 0, 1e12, "bfloat16")) == pytest.approx(
         1e12 / bandwidth + 4e-6
     )
-    assert roofline_seconds(H100, 0, 0, "bfloat16", "vector") == 4e-6
+    assert kernel_seconds(H100, Kernel("pointwise", 0, 0, "bfloat16")) == 4e-6
+
+
+def test_products_lose_what_tiles_and_waves_leave_idle() -> None:
+    whole = product_efficiency(1, 128 * 108, 256, 1 << 20, 108)  # one tile for everyone, endless
+    assert whole == pytest.approx(1.0, abs=1e-3)
+    one_more = product_efficiency(1, 128 * 109, 256, 1 << 20, 108)  # a second wave for one tile
+    assert one_more < 0.75 * whole
+    short = product_efficiency(1, 128 * 108, 256, 192, 108)  # as long to fill as to work
+    assert short == pytest.approx(0.5, abs=1e-3)
+    alone = product_efficiency(1, 128, 256, 1024, 108)  # too short to be split
+    assert alone < 0.05
+    split = product_efficiency(1, 128, 256, 108 * 1024, 108)
+    assert split > 0.5
+
+
+@given(
+    st.integers(1, 64), st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 5000),
+    st.integers(1, 304),
+)  # fmt: skip
+def test_no_product_is_faster_than_the_peak(
+    batch: int, m: int, n: int, k: int, multiprocessors: int
+) -> None:
+    found = product_efficiency(batch, m, n, k, multiprocessors)
+    assert 0 < found <= 1
+    transposed = product_efficiency(batch, n, m, k, multiprocessors)
+    assert found == pytest.approx(transposed)
+
+
+def test_unaligned_products_are_slower() -> None:
+    def seconds(batch: int, n: int) -> float:
+        flops = 2.0 * batch * 4096 * n * 4096
+        product, rows = (batch, 4096, n, 4096), (4096, n)
+        kernel = Kernel("matmul", flops, 0, "bfloat16", 0, product, rows)
+        return kernel_seconds(H100, kernel) / flops
+
+    assert seconds(1, 50257) > 2.5 * seconds(1, 50304)
+    assert seconds(8, 108) > seconds(1, 108) > 2.5 * seconds(1, 128)
 
 
 def test_backward_of_contractions_and_attention() -> None:
     """Twice the forward pass, and 2.5 times (FlashAttention-2), where arithmetic binds."""
     big = {"b": 64, "s": 8192}
-    device = H100.model_copy(update={"kernel_launch_s": 0.0, "memory_bandwidth_bytes_per_s": 1e18})
+    plain = {"kernel_launch_s": 0.0, "memory_bandwidth_bytes_per_s": 1e18, "multiprocessors": None}
+    device = H100.model_copy(update=plain)
     for name, ratio in (("linear:gate", 2), ("attention:o_t", 2.5)):
         op = named(BLOCK, name)
         sizes = local_sizes(op, big)
@@ -240,13 +281,15 @@ def test_a_lookup_reads_rows_not_the_table() -> None:
 
 @given(st.sampled_from(BLOCK.ops), st.integers(1, 8))
 def test_a_split_loop_is_never_slower(op: Op, pieces: int) -> None:
+    """Tiles and alignment aside: a piece of 3 rows may take as long as one of 4."""
+    device = H100.model_copy(update={"multiprocessors": None})
     whole = local_sizes(op, BINDING)
     for factor in op.rule.factors:
         split = local_sizes(op, BINDING, {factor: pieces})
         assert split[factor] == -(-whole[factor] // pieces)
         for seconds in (forward_seconds, backward_seconds):
-            assert seconds(op, BLOCK.values, split, H100, BF16) <= seconds(
-                op, BLOCK.values, whole, H100, BF16
+            assert seconds(op, BLOCK.values, split, device, BF16) <= seconds(
+                op, BLOCK.values, whole, device, BF16
             )
 
 

@@ -98,8 +98,7 @@ def test_what_a_typing_costs_is_the_objective(model: Model) -> None:
     mesh = Mesh.of(dp=2, tp=8).factored("tp", (2, 4))
     axes = (mesh["tp0"], mesh["tp1"])
     binding = {"b": 1, "s": 4096}
-    values = {name: graph.values for name, graph in model.blocks.items()}
-    costs = ModelCosts(request.cluster, mesh, axes, binding, request.precision, values=values)
+    costs = ModelCosts(request.cluster, mesh, axes, binding, request.precision, model.blocks)
     found = solve(search.chain, axes, binding, costs)
     total = sum(evaluate(search.chain, found.annotations, costs).values())
     assert total == pytest.approx(found.objective, rel=1e-9)

@@ -91,6 +91,10 @@ def _linear(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
 
 
 def _attention(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
+    if op.attributes.get("alibi"):
+        raise UnsupportedOp(
+            f"op 'attention' ({op.name}): the torch backend does not write ALiBi yet"
+        )
     split = _split_text(op, reads, writes)
     options = ""
     for key in ("causal", "window", "scale", "softcap"):

@@ -11,19 +11,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...ir.errors import UnsupportedOp
+
 
 @dataclass(frozen=True, slots=True)
 class Template:
     """One kind of op.
 
     `text`: the expression; `name`: what the result would like to be called (empty: like the first
-    operand); `role`: see `body.Statement`; `defaults`: attribute values that need not be said.
+    operand); `role`: see `body.Statement`; `defaults`: attribute values that need not be said;
+    `refused`: why the kind cannot be written, where it cannot.
     """
 
     text: str
     name: str = ""
     role: str = "op"
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    refused: str = ""
+
+
+def _refused(kind: str) -> Template:
+    reason = "the torch backend does not write mixtures of experts yet"
+    return Template("", refused=f"op {kind!r}: {reason}")
 
 
 def _call(function: str) -> Template:
@@ -53,6 +62,11 @@ TEMPLATES: dict[str, Template] = {
     "softmax": Template("softmax({0})"),
     # lookup
     "embedding": Template("@embedding", name="hidden"),
+    # mixtures of experts
+    "top_k": _refused("top_k"),
+    "moe_dispatch": _refused("moe_dispatch"),
+    "grouped_linear": Template("{0} @ {1}.mT", name="@parameter"),
+    "moe_combine": _refused("moe_combine"),
     # losses
     "cross_entropy": Template("@cross_entropy", name="loss count"),
     "sum_loss": Template("sum_loss({0})", name="loss count"),
@@ -103,7 +117,9 @@ TEMPLATES: dict[str, Template] = {
 
 
 def fill(template: Template, operands: list[str], attributes: Mapping[str, Any]) -> str:
-    """The expression of an op with a plain template."""
+    """The expression of an op with a plain template. Raises UnsupportedOp for a refused kind."""
+    if template.refused:
+        raise UnsupportedOp(template.refused)
     text = template.text
     while "[" in text:
         head, _, rest = text.partition("[")

@@ -1,0 +1,1 @@
+"""Rooms of `published_runs.py`: rows, setups, predictors, baseline, scores, calibration."""

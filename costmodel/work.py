@@ -1,0 +1,82 @@
+"""What a stretch of program takes on one rank, by cause."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .compute import kernel_seconds
+from .device import Device
+from .kernels import Kernel
+from .runtime import Runtime
+
+Cause = Literal[
+    "matmul",
+    "attention",
+    "pointwise",
+    "tensor_parallel",
+    "context_parallel",
+    "expert_parallel",
+    "overhead",
+]
+"""`pointwise` includes normalisation, lookup and loss; `overhead` is the host's time in excess of
+the device's."""
+
+_CAUSE_OF: dict[str, Cause] = {
+    "matmul": "matmul",
+    "attention": "attention",
+    "normalisation": "pointwise",
+    "pointwise": "pointwise",
+}
+
+
+@dataclass(slots=True)
+class Work:
+    """Seconds of the device by cause, calls that the host makes for it, and FLOPs executed."""
+
+    seconds: dict[Cause, float] = field(default_factory=dict)
+    calls: float = 0.0
+    flops: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of the device, all causes."""
+        return sum(self.seconds.values())
+
+    def add(self, other: Work, times: float = 1.0) -> None:
+        """Adds `times` of another stretch."""
+        for cause, seconds in other.seconds.items():
+            self.seconds[cause] = self.seconds.get(cause, 0.0) + times * seconds
+        self.calls += times * other.calls
+        self.flops += times * other.flops
+
+    @staticmethod
+    def of(device: Device, kernels: Iterable[Kernel], attention: bool = False) -> Work:
+        """The work of kernels; all of it counts as attention where they are an attention's."""
+        work = Work()
+        for kernel in kernels:
+            cause: Cause = "attention" if attention else _CAUSE_OF[kernel.kind]
+            work.seconds[cause] = work.seconds.get(cause, 0.0) + kernel_seconds(device, kernel)
+            work.calls += kernel.launches
+            if kernel.kind in ("matmul", "attention"):
+                work.flops += kernel.flops
+        return work
+
+    @staticmethod
+    def communication(cause: Cause, seconds: float, runtime: Runtime) -> Work:
+        """The work of one collective's call."""
+        return Work({cause: seconds}, runtime.calls_per_collective)
+
+    def with_host(self, runtime: Runtime, host_s_per_call: float | None = None) -> Work:
+        """The same work as it takes when a host has to launch it.
+
+        The host runs ahead, so the longer of the two counts; where launches block, both do.
+        `host_s_per_call` is a measured figure that goes before the runtime's.
+        """
+        each = runtime.host_s_per_call if host_s_per_call is None else host_s_per_call
+        if runtime.synchronous_launches:
+            excess = self.calls * (each + runtime.launch_wait_s)
+        else:
+            excess = max(0.0, self.calls * each - self.total_s)
+        return Work({**self.seconds, "overhead": excess}, self.calls, self.flops)

@@ -1,0 +1,207 @@
+"""What a given configuration takes: the engine of `plan` without its search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from ..costmodel.cluster import Cluster
+from ..costmodel.memory import StageBytes
+from ..ir import Infeasible, InvalidInput
+from ..ir.from_dims import expert_binding
+from ..ir.mesh import Mesh
+from ..ir.plan import Recompute, Strategy
+from .candidates import Candidate
+from .costs import ModelCosts
+from .fix import Fix
+from .inner import Inner, inner_of, sub_axes
+from .request import Request, bounds_of, pinned_types, repeated
+from .sbp_program import Chain, Typing, solve
+from .step import price_step
+
+Typings = dict[tuple[int, bool | None, int], Typing]
+"""Solved types by (tp, sequence split, sub-axes): they depend on the model, not on its sizes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A step of one configuration.
+
+    `time` is seconds by cause and adds up to `step_seconds`; `memory` bytes per pipeline rank by
+    kind, without the device's reserve; `mfu` counts the model's FLOPs, `hfu` those executed.
+    """
+
+    strategy: Strategy
+    step_seconds: float
+    tokens_per_second: float
+    mfu: float
+    hfu: float
+    time: Mapping[str, float]
+    memory: tuple[StageBytes, ...]
+    memory_limit_bytes: int
+
+    @property
+    def memory_bytes(self) -> tuple[int, ...]:
+        """Bytes per pipeline rank."""
+        return tuple(stage.total for stage in self.memory)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage fits the memory that a plan may use."""
+        return max(self.memory_bytes) <= self.memory_limit_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """What `shardwright predict --json` prints."""
+        return {
+            "strategy": self.strategy.to_json(),
+            "predicted": {
+                "step_seconds": self.step_seconds,
+                "tokens_per_second": self.tokens_per_second,
+                "mfu": self.mfu,
+                "hfu": self.hfu,
+                "fits": self.fits,
+                "memory_bytes": list(self.memory_bytes),
+                "memory_limit_bytes": self.memory_limit_bytes,
+                "time": dict(self.time),
+                "memory": [stage.to_json() for stage in self.memory],
+            },
+        }
+
+
+def predict(request: Request, typings: Typings | None = None) -> Prediction:
+    """Prices the configuration that `request.fix` describes; what it leaves open is 1 or the
+    default.
+
+    `typings` may be kept between calls with the same model. Raises InvalidInput for degrees that
+    do not multiply to the devices or do not divide the model or the batch.
+    """
+    candidate = candidate_of(request)
+    request.check()
+    inner = _inner(request, candidate, {} if typings is None else typings)
+    bounds = _bounds(request, candidate)
+    layers = repeated(request.model)
+    mode = _mode(request.fix)
+    modes = [
+        ["none" if i not in layers else mode for i in range(first, last)]
+        for first, last in pairwise(bounds)
+    ]
+    price = price_step(request, candidate, inner, bounds, modes)
+    work, cluster = request.workload, request.cluster
+    seconds = price.seconds
+    peak = cluster.device.peak(request.precision.compute_dtype)
+    per_stage = tuple(sum(layers.per_stage(bounds)[r :: candidate.pp]) for r in range(candidate.pp))
+    return Prediction(
+        Strategy(
+            pp=candidate.pp,
+            dp=candidate.dp,
+            tp=candidate.tp,
+            zero=candidate.zero,
+            micro_batch=candidate.micro_batch,
+            recompute=mode,
+            schedule=candidate.schedule,
+            layers=per_stage,
+            vpp=candidate.vpp,
+            cp=candidate.cp,
+            ep=candidate.ep,
+        ),
+        seconds,
+        work.global_batch * work.seq_len / seconds,
+        request.flops_per_step() / (seconds * cluster.world_size * peak),
+        price.flops / (seconds * peak),
+        price.time,
+        price.memory,
+        request.limit_bytes,
+    )
+
+
+def _mode(fix: Fix) -> Recompute:
+    modes: dict[str | None, Recompute] = {None: "none", "selective": "selective", "full": "full"}
+    return modes.get(fix.recompute, "none")
+
+
+def candidate_of(request: Request) -> Candidate:
+    """The configuration that is fixed, checked against devices, batch and layers."""
+    fix, world = request.fix, request.cluster.world_size
+    pp, tp, cp = fix.pp or len(fix.stages or (0,)), fix.tp or 1, fix.cp or 1
+    if world % (pp * tp * cp):
+        raise InvalidInput(
+            f"--fix: pp*cp*tp = {pp}*{cp}*{tp} does not divide the cluster's {world} devices"
+        )
+    dp = world // (pp * tp * cp) if fix.dp is None else fix.dp
+    if pp * dp * cp * tp != world:
+        raise InvalidInput(
+            f"--fix: pp*dp*cp*tp = {pp}*{dp}*{cp}*{tp} = {pp * dp * cp * tp}, expected the "
+            f"cluster's {world} devices"
+        )
+    batch, micro, vpp = request.workload.global_batch, fix.micro_batch or 1, fix.vpp or 1
+    if batch % (dp * micro):
+        raise InvalidInput(
+            f"--fix: dp*micro_batch = {dp}*{micro} does not divide global_batch {batch}"
+        )
+    if request.workload.seq_len % (cp * (tp if fix.sp else 1)):
+        raise InvalidInput(
+            f"--fix: cp={cp}{f', sp=1 with tp={tp}' if fix.sp else ''} does not divide seq_len "
+            f"{request.workload.seq_len}"
+        )
+    layers = repeated(request.model).count
+    if pp * vpp > layers + 2:
+        raise InvalidInput(f"--fix: pp*vpp = {pp}*{vpp} stages, but the model has {layers} layers")
+    group = fix.zero_group or 0
+    if group and (dp * cp) % group:
+        raise InvalidInput(f"--fix: zero_group={group} does not divide dp*cp = {dp * cp}")
+    ep, etp = fix.ep or 1, fix.etp or 1
+    if (dp * cp * tp) % (ep * etp):
+        raise InvalidInput(f"--fix: ep*etp = {ep}*{etp} does not divide dp*cp*tp = {dp * cp * tp}")
+    schedule = fix.schedule or ("interleaved" if vpp > 1 else "1f1b")
+    return Candidate(
+        pp, dp, tp, fix.zero or 0, micro, batch // (dp * micro), schedule, vpp, cp, ep, etp, group
+    )
+
+
+def _bounds(request: Request, candidate: Candidate) -> tuple[int, ...]:
+    """Stages as given, or as even as layers allow: where they do not divide but would with the two
+    ends counted as layers, the ends' stages have one less (Megatron-DeepSpeed's partition); else
+    the first stages have one more."""
+    fixed = request.fix.stages
+    if fixed is not None:
+        return bounds_of(request.model, fixed)
+    layers, stages = repeated(request.model).count, candidate.pp * candidate.vpp
+    each, rest = divmod(layers, stages)
+    counts = [each + (i < rest) for i in range(stages)]
+    if rest and (layers + 2) % stages == 0 and stages > 1:
+        counts = [(layers + 2) // stages] * stages
+        counts[0] -= 1
+        counts[-1] -= 1
+    return bounds_of(request.model, tuple(counts))
+
+
+def _inner(request: Request, candidate: Candidate, typings: Typings) -> Inner:
+    """Blocks with types and prices. A tensor axis is split as the program decides on a device on
+    which every split pays: who fixes a degree wants it used."""
+    model = request.model
+    chain = replace(Chain.of(model, pinned_types(model)), sequence_split=request.fix.sp)
+    axes = sub_axes(model, candidate.tp)
+    mesh = Mesh.of(pp=candidate.pp, dp=candidate.dp, tp=candidate.tp).factored("tp", axes)
+    binding = expert_binding(
+        model, {"b": candidate.micro_batch, "s": request.workload.seq_len // candidate.cp}
+    )
+    tensor = tuple(axis for axis in mesh.axes if axis.parent == "tp")
+    costs = ModelCosts(
+        request.cluster, mesh, tensor, binding, request.precision, model.blocks, request.runtime,
+        candidate=candidate,
+    )  # fmt: skip
+    key = (candidate.tp, request.fix.sp, len(axes))
+    if key not in typings:
+        pretended = replace(
+            costs,
+            cluster=Cluster.preset("willing", 1, candidate.tp),
+            candidate=None,
+            mesh=Mesh.of(pp=1, dp=1, tp=candidate.tp).factored("tp", axes),
+        )
+        try:
+            typings[key] = solve(chain, tensor, {**binding, "b": 1}, pretended)
+        except Infeasible as error:
+            raise InvalidInput(f"--fix: tp={candidate.tp}: {error}") from None
+    return inner_of(chain, typings[key].annotations, costs, [_mode(request.fix), "none"])
