@@ -6,16 +6,18 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 from rich.console import Console
 
-from . import Plan, Workload
+from . import Plan, Prediction, Runtime, Workload
 from . import plan as make_plan
+from . import predict as make_prediction
 from . import verify as run_verify
-from .costmodel import Cluster
+from .costmodel import Cluster, Device
 from .ir import InvalidInput, ShardwrightError
+from .ir.workload import Precision
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -78,13 +80,43 @@ def _list_names() -> None:
     typer.echo("clusters: " + " ".join(Cluster.preset_names()))
 
 
+ModelName = Annotated[str, typer.Argument(help="config.json, package.module:callable, preset")]
+ClusterSpec = Annotated[
+    str, typer.Option("--cluster", help="A cluster file, preset:NODES or :NODESxGPUS")
+]
+DeviceFile = Annotated[
+    str, typer.Option("--device", help="Calibrated efficiencies: a device.yaml, or a preset")
+]
+GlobalBatch = Annotated[int, typer.Option("--global-batch", help="Sequences per step")]
+SeqLen = Annotated[int, typer.Option("--seq-len", help="Tokens per sequence")]
+
+
+def _problem(
+    model: str, cluster: str, device: str, global_batch: int, seq_len: int, precision: str
+) -> tuple[Cluster, Workload]:
+    """The cluster and the workload of `plan` and `predict`; raises InvalidInput naming the flag."""
+    for flag, given in (("MODEL", model), ("--cluster", cluster)):
+        if not given:
+            raise InvalidInput(f"{flag} is missing; see shardwright --help")
+    for flag, number in (("--global-batch", global_batch), ("--seq-len", seq_len)):
+        if number < 1:
+            raise InvalidInput(f"{flag} is {number}, expected a whole number of at least 1")
+    if precision not in (names := get_args(Precision)):
+        raise InvalidInput(f"--precision {precision}: expected {', '.join(names)}")
+    where = Cluster.parse(cluster)
+    if device:
+        where = where.with_device(Device.parse(device))
+    return where, Workload(global_batch, seq_len, precision=precision)
+
+
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="config.json, package.module:callable, preset")] = "",
-    cluster: Annotated[str, typer.Option(help="A cluster file, preset:NODES or :NODESxGPUS")] = "",
-    global_batch: Annotated[int, typer.Option(help="Sequences per step")] = 0,
-    seq_len: Annotated[int, typer.Option(help="Tokens per sequence")] = 0,
+    model: ModelName = "",
+    cluster: ClusterSpec = "",
+    global_batch: GlobalBatch = 0,
+    seq_len: SeqLen = 0,
     precision: Annotated[str, typer.Option(help="bf16, fp32 or fp64")] = "bf16",
+    device: DeviceFile = "",
     top: Annotated[int, typer.Option(help="Configurations to show")] = 5,
     fix: Fixed = "",
     as_json: AsJson = False,
@@ -97,22 +129,12 @@ def plan(
     def action() -> None:
         if show_list:
             return _list_names()
-        for flag, given in (("MODEL", model), ("--cluster", cluster)):
-            if not given:
-                raise InvalidInput(f"{flag} is missing; see shardwright plan --help")
-        for flag, number in (
-            ("--global-batch", global_batch),
-            ("--seq-len", seq_len),
-            ("--top", top),
-        ):
-            if number < 1:
-                raise InvalidInput(f"{flag} is {number}, expected a whole number of at least 1")
-        if precision not in ("bf16", "fp32", "fp64"):
-            raise InvalidInput(f"--precision {precision}: expected bf16, fp32 or fp64")
-        work = Workload(global_batch, seq_len, precision=precision)
+        if top < 1:
+            raise InvalidInput(f"--top is {top}, expected a whole number of at least 1")
+        where, work = _problem(model, cluster, device, global_batch, seq_len, precision)
         found = _with_progress(
             as_json,
-            lambda report: make_plan(model, cluster, work, fix=fix, top=top, progress=report),
+            lambda report: make_plan(model, where, work, fix=fix, top=top, progress=report),
         )
         if output is not None:
             found.save(output)
@@ -131,6 +153,76 @@ def _with_progress(quiet: bool, work: Callable[[Callable[[str], None] | None], P
         return work(None)
     with errors.status("tracing the model") as status:
         return work(status.update)
+
+
+@app.command()
+def predict(
+    model: ModelName = "",
+    cluster: ClusterSpec = "",
+    global_batch: GlobalBatch = 0,
+    seq_len: SeqLen = 0,
+    precision: Annotated[str, typer.Option(help="bf16, fp16, fp8, fp32 or fp64")] = "bf16",
+    device: DeviceFile = "",
+    runtime: Annotated[
+        str, typer.Option(help=f"What runs it: {', '.join(Runtime.preset_names())}")
+    ] = "torch",
+    fix: Fixed = "",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """What a step of a given configuration takes, and the memory of its stages.
+
+    What --fix leaves open is 1 or the default; dp is what is left of the devices.
+    """
+
+    def action() -> None:
+        where, work = _problem(model, cluster, device, global_batch, seq_len, precision)
+        found: Prediction = make_prediction(model, where, work, fix, runtime=runtime)
+        typer.echo(json.dumps(found.to_json(), indent=1) if as_json else str(found))
+
+    _guarded(action, debug)
+
+
+@app.command()
+def probe(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Cluster file")] = Path(
+        "cluster.yaml"
+    ),
+    device: DeviceFile = "",
+    budget: Annotated[float, typer.Option(help="Seconds to measure for")] = 75.0,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for ranks to come")] = 120.0,
+    seed: Annotated[int, typer.Option(help="Of the random order of measuring")] = 0,
+    on: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    debug: Debug = False,
+) -> None:
+    """Measures every link, under torchrun or srun on all ranks, and writes the cluster file."""
+    from .costmodel.probe import run_probe
+
+    _guarded(
+        lambda: run_probe(
+            output, device=device, budget_s=budget, wait_s=wait, seed=seed, on=on, debug=debug
+        ),
+        debug,
+    )
+
+
+@app.command()
+def calibrate(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Device file")] = Path(
+        "device.yaml"
+    ),
+    budget: Annotated[float, typer.Option(help="Seconds to measure for")] = 60.0,
+    dtypes: Annotated[str, typer.Option(help="Comma-separated: bfloat16,float32,...")] = "",
+    on: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    debug: Debug = False,
+) -> None:
+    """Measures this device's matmul, attention and memory efficiency and writes the device file."""
+    from .costmodel.calibrate import run_calibrate
+
+    names = [name.strip() for name in dtypes.split(",") if name.strip()]
+    _guarded(
+        lambda: run_calibrate(output, budget_s=budget, dtypes=names, device=on, debug=debug), debug
+    )
 
 
 @app.command()

@@ -22,7 +22,8 @@ Seconds and bytes are those of the slowest and the fullest rank. No file here de
 from .cluster import Cluster, Level
 from .collectives import CollectiveKind, Group, collective_seconds
 from .compute import backward_seconds, forward_seconds, kernel_seconds
-from .device import ComputeDtype, Device
+from .device import Device
+from .efficiency import ComputeDtype, EfficiencyCurve
 from .kernels import Kernel, Kernels, op_flops
 from .liveness import BlockBytes, block_bytes
 from .memory import (
@@ -33,24 +34,27 @@ from .memory import (
     stage_bytes,
     state_bytes,
 )
+from .pipeline import schedule_bound_seconds, schedule_estimate_seconds
 from .precision import Precision
 from .runtime import Runtime
 from .saved import run_again, saves
 from .shards import local_shape, local_sizes, op_splits
-from .steptime import (
-    SyncSeconds,
-    data_parallel_sync,
-    optimizer_step_seconds,
-    pipeline_bound_seconds,
-    pipeline_estimate_seconds,
-)
+from .simulate import DataParallel, StageTimes, StepOptions, simulate
+from .steptime import SyncSeconds, data_parallel_sync, optimizer_step_seconds
 
 __all__ = [
+    "DataParallel",
+    "StageTimes",
+    "StepOptions",
+    "schedule_bound_seconds",
+    "schedule_estimate_seconds",
+    "simulate",
     "BlockBytes",
     "Cluster",
     "CollectiveKind",
     "ComputeDtype",
     "Device",
+    "EfficiencyCurve",
     "Group",
     "Kernel",
     "Kernels",
@@ -73,8 +77,6 @@ __all__ = [
     "op_flops",
     "op_splits",
     "optimizer_step_seconds",
-    "pipeline_bound_seconds",
-    "pipeline_estimate_seconds",
     "run_again",
     "saves",
     "stage_bytes",

@@ -44,15 +44,11 @@ class Line:
         """Of a full logical tensor of that many bytes."""
         return self.latency_s + bytes * self.s_per_byte
 
-    def twice(self) -> Line:
-        """There and back: an all-reduce of a reduce-scatter."""
-        return Line(self.algorithm, 2 * self.latency_s, 2 * self.s_per_byte)
-
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """`start_steps` steps of the innermost level before the first byte; `bandwidth_fraction` of
-    what large messages reach."""
+    """`start_steps` steps of the innermost level before each pass; `bandwidth_fraction` of what
+    large messages reach."""
 
     start_steps: float
     bandwidth_fraction: float
@@ -71,11 +67,12 @@ def lines(kind: CollectiveKind, path: tuple[Hop, ...], step_s: float) -> tuple[L
     InvalidInput for an unknown kind.
     """
     found: tuple[Line, ...]
+    passes = 1
     match kind:
         case "all_gather" | "reduce_scatter":
             found = (ring(path), hierarchical(path))
         case "all_reduce":
-            found = (ring(path).twice(), hierarchical(path).twice(), tree(path).twice())
+            found, passes = (ring(path), hierarchical(path), tree(path)), 2
         case "broadcast":
             found = (tree(path),)
         case "all_to_all":
@@ -88,8 +85,8 @@ def lines(kind: CollectiveKind, path: tuple[Hop, ...], step_s: float) -> tuple[L
     return tuple(
         Line(
             line.algorithm,
-            protocol.start_steps * step_s + line.latency_s,
-            line.s_per_byte / protocol.bandwidth_fraction,
+            passes * (protocol.start_steps * step_s + line.latency_s),
+            passes * line.s_per_byte / protocol.bandwidth_fraction,
         )
         for protocol in protocols()
         for line in found

@@ -148,6 +148,10 @@ class Cluster(BaseModel):
         merged = {(c.collective, tuple(c.shape)): c for c in (*self.curves, *curves)}
         return self._with(curves=tuple(merged.values()))
 
+    def with_device(self, device: Device) -> Cluster:
+        """The cluster with another device (calibrated, say); islands keep those of their own."""
+        return self._with(device=device)
+
     def with_pairs(self, measured: PairMatrix | Iterable[Pair]) -> Cluster:
         """The cluster with a measured matrix, or with entries of pairs in place of those of the
         same ends.
@@ -186,6 +190,14 @@ class Cluster(BaseModel):
         data |= {"name": name, "nodes": nodes, "devices_per_node": per_node}
         if nodes >= 1 and per_node >= 1:
             data["levels"] = cluster_file.fitted(data["levels"], nodes, per_node)
+        if "curves" in data:  # those of groups that this many devices can form
+            measured = yaml_files.packaged("curves")[data["curves"]]["curves"]
+            most = (per_node, nodes)
+            data["curves"] = [
+                curve
+                for curve in measured
+                if all(units <= room for units, room in zip(curve["shape"], most, strict=False))
+            ]
         return yaml_files.validated(Cluster, data, f"cluster {name}")
 
     @staticmethod

@@ -20,6 +20,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
+from .yaml_files import Misfit
+
 CollectiveKind = Literal[
     "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send"
 ]
@@ -46,8 +48,8 @@ class Curve(BaseModel):
     @classmethod
     def _shape_of_a_group(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if any(units < 1 for units in value) or prod(value) < 2:
-            raise ValueError(
-                f"is {value}, expected units per level, each at least 1, of 2 or more devices"
+            raise Misfit(
+                f"is {list(value)}, expected units per level, each at least 1, of 2 or more devices"
             )
         while value[-1] == 1:
             value = value[:-1]
@@ -57,12 +59,13 @@ class Curve(BaseModel):
     @classmethod
     def _bytes_ascend(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if not value or value[0] <= 0:
-            raise ValueError(f"is {value}, expected one or more sizes above 0")
+            raise Misfit(f"is {list(value)}, expected one or more sizes above 0")
         for i, (a, b) in enumerate(pairwise(value)):
             if a >= b:
-                raise ValueError(
-                    f"[{i + 1}] is {b:g} after {a:g}, expected ascending sizes without repeats "
-                    "(give the median of repeated measurements)"
+                raise Misfit(
+                    f"is {b:g} after {a:g}, expected ascending sizes without repeats "
+                    "(give the median of repeated measurements)",
+                    i + 1,
                 )
         return value
 
@@ -71,15 +74,15 @@ class Curve(BaseModel):
     def _seconds_positive(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         for i, seconds in enumerate(value):
             if seconds <= 0:
-                raise ValueError(f"[{i}] is {seconds:g}, expected seconds above 0")
+                raise Misfit(f"is {seconds:g}, expected seconds above 0", i)
         return value
 
     @model_validator(mode="after")
     def _one_time_per_size(self) -> Curve:
         if len(self.bytes) != len(self.seconds):
-            raise ValueError(
-                f"seconds has {len(self.seconds)} entries and bytes {len(self.bytes)}, "
-                "expected one for each"
+            raise Misfit(
+                f"has {len(self.seconds)} entries and bytes {len(self.bytes)}, expected as many",
+                "seconds",
             )
         return self
 

@@ -51,7 +51,9 @@ class Device(BaseModel):
     large shapes of a training step reach (of matrix products: those that fill all
     `multiprocessors` with whole tiles, see `compute.product_efficiency`); `kernel_launch_s` is the
     least an op takes; `reserve_bytes` is what a training process holds beyond what a plan accounts
-    for. `curves`, where there are any, are measured and go before the fractions.
+    for. `curves`, where there are any, are measured and go before the fractions. Tiers that state
+    can be moved to (`offload`), where there are any, as one device's share: `host_memory_bytes`
+    over `host_link_bytes_per_s`, `nvme_bytes` at `nvme_bytes_per_s`, one direction each.
     """
 
     model_config = _FROZEN
@@ -67,6 +69,10 @@ class Device(BaseModel):
     reserve_bytes: int = Field(ge=0)
     multiprocessors: int | None = Field(default=None, gt=0)
     host_s_per_call: float | None = Field(default=None, ge=0)
+    host_memory_bytes: int | None = Field(default=None, gt=0)
+    host_link_bytes_per_s: float | None = Field(default=None, gt=0)
+    nvme_bytes: int | None = Field(default=None, gt=0)
+    nvme_bytes_per_s: float | None = Field(default=None, gt=0)
     curves: tuple[EfficiencyCurve, ...] = ()
 
     @model_validator(mode="after")
@@ -89,7 +95,7 @@ class Device(BaseModel):
         """Seconds of one kernel by the measured curve for its kind, or None where there is none.
 
         `work` in FLOPs for matmul and attention, in bytes for other kinds; those are looked up in
-        any dtype with None. A curve of the forward pass serves for backward where there is no other.
+        any dtype with None. Without a curve of the backward pass that of forward serves.
         """
         if not self.curves:
             return None
@@ -123,6 +129,13 @@ class Device(BaseModel):
     def preset_names() -> tuple[str, ...]:
         """Names that `preset` takes, in the order of the data file."""
         return tuple(yaml_files.packaged("devices"))
+
+    @staticmethod
+    def parse(spec: str) -> Device:
+        """The name of a preset, or the path of a device file; raises InvalidInput for neither."""
+        if spec.lower().endswith((".yaml", ".yml")) or Path(spec).is_file():
+            return Device.load(spec)
+        return Device.preset(spec)
 
     @staticmethod
     def load(path: str | Path) -> Device:

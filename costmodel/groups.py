@@ -93,7 +93,7 @@ def pair_at(hop: Hop) -> Hop:
 
 
 def path_of(cluster: Cluster, shape: tuple[int, ...]) -> tuple[Hop, ...]:
-    """The hops of a group of that shape, which has at most as many entries as the cluster levels."""
+    """The hops of a group of that shape, as a curve of the cluster has it."""
     path: list[Hop] = []
     inside = 1
     for index, units in enumerate(shape):

@@ -19,7 +19,7 @@ from ..ir.graph import Graph, Op, Value
 from ..ir.optable import TABLE, Work
 from ..ir.rule import FactorName, RuleShape
 from . import yaml_files
-from .device import ComputeDtype
+from .efficiency import ComputeDtype
 from .precision import Precision
 from .runtime import Runtime
 from .saved import saves
@@ -215,7 +215,6 @@ class Kernels:
     def _attention(
         self, op: Op, sizes: Sizes, dtype: ComputeDtype, backward: bool
     ) -> tuple[Kernel, ...]:
-        query, key, value = op.rule.operands[:3]
         size_of = self._size(sizes)
         moved = sum(size_of(op.operands[k], op.rule.operands[k]) for k in range(3))
         moved += size_of(op.results[0], op.rule.results[0])

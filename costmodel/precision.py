@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..ir.graph import Dtype
 from . import yaml_files
-from .device import ComputeDtype
+from .efficiency import ComputeDtype
 
 _FIXED_BYTES: dict[str, int] = {"float64": 8, "float32": 4, "int64": 8, "int32": 4, "bool": 1}
 _WIDE_BYTES = 4  # "at least float32"

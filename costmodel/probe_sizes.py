@@ -48,7 +48,7 @@ def next_size(
 
     The interval with the largest product of the two is next. None where neither is more than
     `tolerance` (a fraction of the time) in any interval, or where no interval can be divided: it
-    has no candidate, or its ends are closer than a factor of 1.2.
+    has no candidate, or its ends are closer than 5 %.
 
     Raises InvalidInput where sizes and times do not pair up, do not ascend or are not positive.
     """
@@ -71,7 +71,7 @@ def next_size(
 
 
 _NEXT_TO_NOTHING = 1e-6
-_CLOSEST_RATIO = 1.2
+_CLOSEST_RATIO = 1.05
 
 
 def _middle(low: float, high: float, candidates: Sequence[float] | None) -> float | None:

@@ -48,6 +48,12 @@ def is_expensive(op: Op) -> bool:
     return TABLE[op.kind].work in _EXPENSIVE
 
 
+def is_fused(op: Op) -> bool:
+    """Whether the op is one that a framework which fuses pointwise ops makes part of a chain:
+    those that compute elements from elements, drawing no mask and moving no data."""
+    return TABLE[op.kind].work == "pointwise" and op.kind not in ("dropout", "rotary", "cast")
+
+
 def runs_again(op: Op, recompute: Recompute, runtime: Runtime) -> bool:
     """Whether the op's forward pass runs a second time before its backward pass.
 

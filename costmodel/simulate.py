@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..ir.errors import InvalidInput
 from ..ir.schedule import B, ScheduleTable, W
-from .steptime import overlap_cost_fraction
+from .overlap import overlap_cost_fraction
 from .timeline import Timeline
 
 Array = NDArray[np.float64]
@@ -64,11 +64,11 @@ class DataParallel:
     """Communication over the data-parallel group once per step, in seconds per (virtual) stage.
 
     `gradients_s` reduces a stage's gradients, in `buckets` equal parts: part j may leave when
-    (j + 1) / buckets of the stage's last backward have run. `parameters_s` gathers a stage's updated
-    parameters: `at_start` of the step, in parts again, each needed by the matching part of the
-    stage's first forward (as Megatron-LM's overlapped gather); otherwise after the optimizer,
+    (j + 1) / buckets of the stage's last backward have run. `parameters_s` gathers a stage's
+    updated parameters: `at_start` of the step, in parts again, each needed by the matching part of
+    the stage's first forward (as Megatron-LM's overlapped gather); otherwise after the optimizer,
     exposed. Where `overlapped`, both run beside compute, one after the other on a rank, and slow
-    it (`steptime.overlap_cost_fraction`); otherwise the rank stops for them.
+    it (`overlap.overlap_cost_fraction`); otherwise the rank stops for them.
     """
 
     gradients_s: tuple[float, ...]

@@ -1,110 +1,14 @@
-"""The time of a training step under 1F1B, in closed form, and what happens once per step.
-
-Stages `s = 0 … p-1` take `T_s` seconds (forward and backward) per microbatch; passing an activation
-from stage `s` to `s+1` takes `c_s`, and so does its gradient on the way back; `m` microbatches.
-"""
+"""What happens once per step, or beside compute: gradient synchronisation, the optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..ir.errors import InvalidInput
-from . import yaml_files
 from .cluster import Cluster
 from .collectives import Group, collective_seconds
 from .device import Device
 from .precision import Precision
-
-FORWARD_SHARE = 1 / 3
-"""Forward's part of a microbatch's time: a contraction's backward pass is two products of three."""
-
-
-def pipeline_bound_seconds(
-    stage_s: Sequence[float], p2p_s: Sequence[float], microbatches: int
-) -> float:
-    """No synchronous schedule is faster: max over s of `m·T_s + Σ_{i<s} (T_i + 2·c_i)`.
-
-    Stage s works m·T_s; before its first forward an activation has passed every stage before it,
-    and after its last backward a gradient passes them again. Reached by 1F1B for equal stages
-    without p2p. `stage_s` and `p2p_s` in seconds, one p2p fewer than stages. Raises InvalidInput
-    where lengths or counts do not fit.
-    """
-    _check(stage_s, p2p_s, microbatches)
-    best = passed = 0.0
-    for s, seconds in enumerate(stage_s):
-        best = max(best, microbatches * seconds + passed)
-        if s < len(p2p_s):
-            passed += seconds + 2 * p2p_s[s]
-    return best
-
-
-def pipeline_estimate_seconds(
-    stage_s: Sequence[float],
-    p2p_s: Sequence[float],
-    microbatches: int,
-    forward_share: float = FORWARD_SHARE,
-) -> float:
-    """What non-interleaved 1F1B takes, nearly; never below the bound.
-
-    The longest of two chains through each stage s, after Σ_{i<s} (T_i + 2·c_i) to reach and leave
-    it. *Busy*: m·T_s, and the waits for the way behind it, `D = Σ_{i>s} T_i + 2·Σ_{i>=s} c_i`:
-    at the start with w = p-1-s forwards to fill it, at the end with as many backwards. *Round
-    trips*: with p-s microbatches in flight, every (p-s)-th waits for a gradient to come back.
-    Equal stages without p2p: exactly `(m + p - 1)·T` (Narayanan et al. 2021, arXiv:2104.04473,
-    section 2.2). Against simulation, 20,000 random pipelines each: exact for stages within ±20 %
-    without p2p; at most 8 % low with p2p up to 10 % of a stage. Arguments and errors as
-    `pipeline_bound_seconds`; `forward_share` is the forward's part of T.
-    """
-    _check(stage_s, p2p_s, microbatches)
-    count = len(stage_s)
-    reached = [0.0]
-    for seconds, transfer in zip(stage_s, p2p_s, strict=False):
-        reached.append(reached[-1] + seconds + 2 * transfer)
-    longest = behind = 0.0
-    for s in reversed(range(count)):
-        forward = forward_share * stage_s[s]
-        backward = stage_s[s] - forward
-        ahead = count - 1 - s
-        behind += 2 * p2p_s[s] if ahead else 0.0
-        waits = max(0.0, behind - min(microbatches - 1, ahead) * forward)
-        if microbatches > ahead + 1:
-            waits += max(0.0, behind - ahead * backward)
-        busy = microbatches * stage_s[s] + (waits if ahead else 0.0)
-        trips, rest = divmod(microbatches - 1, count - s)
-        round_trips = (trips + 1) * (stage_s[s] + behind) + rest * backward
-        longest = max(longest, reached[s] + max(busy, round_trips))
-        behind += stage_s[s]
-    return longest
-
-
-def _check(stage_s: Sequence[float], p2p_s: Sequence[float], microbatches: int) -> None:
-    if not stage_s or len(p2p_s) != len(stage_s) - 1:
-        raise InvalidInput(
-            f"pipeline of {len(stage_s)} stages with {len(p2p_s)} transfers between them: expected "
-            "one transfer fewer than stages"
-        )
-    if microbatches < 1:
-        raise InvalidInput(f"{microbatches} microbatches: expected at least 1")
-
-
-def overlap_cost_fraction() -> float:
-    """Seconds that a second of communication costs the compute it is hidden behind.
-
-    While a collective runs, compute takes `1 + slowdown` as long, so in each second of it
-    `slowdown / (1 + slowdown)` of a second is lost. The slowdown and its source are in
-    `data/overlap.yaml`.
-    """
-    slowdown = float(yaml_files.packaged("overlap")["compute"]["slowdown_fraction"])
-    return slowdown / (1 + slowdown)
-
-
-def exposed_seconds(communication_s: float, compute_s: float) -> float:
-    """What communication adds to the compute that it runs beside: the loss while it is hidden, and
-    what is left of it when the compute is done."""
-    loss = overlap_cost_fraction()
-    hidden = min(communication_s, compute_s / (1 - loss))
-    return loss * hidden + communication_s - hidden
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,8 +43,8 @@ class ScheduleTable:
     """The order of work on every rank of a pipeline, rank after rank in flat arrays.
 
     `kind` (codes of KINDS), `stage` and `microbatch` describe all actions; those of rank r are
-    `first[r]` to `first[r + 1]`. `placement` maps a stage to its rank. `rows` are the same as tuples
-    of Actions.
+    `first[r]` to `first[r + 1]`. `placement` maps a stage to its rank. `rows` are the same as
+    tuples of Actions.
     """
 
     name: str
@@ -65,7 +65,9 @@ class ScheduleTable:
     @cached_property
     def rows(self) -> tuple[tuple[Action, ...], ...]:
         """Per rank its actions in order (made when asked for: a long table has many)."""
-        columns = zip(self.kind.tolist(), self.stage.tolist(), self.microbatch.tolist(), strict=True)
+        columns = zip(
+            self.kind.tolist(), self.stage.tolist(), self.microbatch.tolist(), strict=True
+        )
         actions = [Action(KINDS[kind], stage, microbatch) for kind, stage, microbatch in columns]
         bounds = self.first.tolist()
         return tuple(tuple(actions[bounds[r] : bounds[r + 1]]) for r in range(self.pp))
@@ -122,15 +124,19 @@ class ScheduleTable:
         which only what W needs is left (from I to the end of W).
         """
         here = slice(self.first[rank], self.first[rank + 1])
-        kind, local = self.kind[here], np.asarray(self.stages_of(rank))
-        own = self.stage[here, None] == local
-        code = kind[:, None]
-        whole = np.cumsum(own * ((code == F) * 1 - ((code == B) | (code == I))), axis=0)
-        half = np.cumsum(own * ((code == I) * 1 - (code == W)), axis=0)
-        # an action's own activations are there until it ends
-        return whole + own * ((code == B) | (code == I)), half - own * (code == I) + own * (
-            code == W
-        )
+        kind = self.kind[here, None]
+        own = self.stage[here, None] == np.asarray(self.stages_of(rank))
+        forward, backward, weights = (own & np.isin(kind, kinds) for kinds in ((F,), (B, I), (W,)))
+        split = own & (kind == I)
+
+        def between(taken: NDArray[np.bool_], released: NDArray[np.bool_]) -> Ints:
+            # what an action releases is there until it ends, what it leaves comes after
+            count: Ints = np.cumsum(taken.astype(np.intp) - released, axis=0)
+            return count + released
+
+        after_split = np.zeros_like(split)
+        after_split[1:] = split[:-1]
+        return between(forward, backward), between(after_split, weights)
 
     def in_flight(self, rank: int) -> tuple[int, ...]:
         """Per virtual stage of a rank, the most microbatches it holds at once (whole or half)."""
@@ -158,9 +164,7 @@ class ScheduleTable:
         }
 
     def _action(self, index: int) -> Action:
-        return Action(
-            KINDS[self.kind[index]], int(self.stage[index]), int(self.microbatch[index])
-        )
+        return Action(KINDS[self.kind[index]], int(self.stage[index]), int(self.microbatch[index]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,7 +240,7 @@ def table_from_json(data: Mapping[str, Any]) -> ScheduleTable:
         placement = [int(rank) for rank in data["placement"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidInput(
-            f"schedule: {error}; expected name, microbatches, placement and rows of actions like 0F3"
+            f"schedule: {error}; expected name, microbatches, placement, rows of actions like 0F3"
         ) from error
     return table_from_rows(name, rows, microbatches, placement)
 

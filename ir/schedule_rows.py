@@ -43,25 +43,35 @@ def schedule_table(
 
     Raises InvalidInput for an unknown name or numbers that the schedule cannot take.
     """
-    if vpp is None:
-        vpp = 2 if name == "zb-v" else 1
-    return _table(name, pp, microbatches, vpp)
+    return _table(name, pp, microbatches, default_vpp(name) if vpp is None else vpp)
+
+
+def schedule_placement(
+    name: ScheduleName, pp: int, microbatches: int, vpp: int | None = None
+) -> tuple[int, ...]:
+    """The rank of every virtual stage; arguments and errors as `schedule_table`."""
+    vpp = default_vpp(name) if vpp is None else vpp
+    _check(name, pp, microbatches, vpp)
+    if name == "zb-v":
+        return (*range(pp), *reversed(range(pp)))
+    return tuple(range(pp)) * vpp
+
+
+def default_vpp(name: ScheduleName) -> int:
+    """Virtual stages per rank where none are given."""
+    return 2 if name == "zb-v" else 1
 
 
 @lru_cache(maxsize=64)
 def _table(name: ScheduleName, pp: int, microbatches: int, vpp: int) -> ScheduleTable:
-    _check(name, pp, microbatches, vpp)
-    placement = tuple(range(pp)) * vpp
+    placement = schedule_placement(name, pp, microbatches, vpp)
     if name == "zb-v":
-        placement = (*range(pp), *reversed(range(pp)))
         rows = [_v_row(pp, microbatches, rank) for rank in range(pp)]
     else:
         rows = [_row(name, pp, microbatches, vpp, rank) for rank in range(pp)]
     kind, stage, microbatch = (np.concatenate(parts) for parts in zip(*rows, strict=True))
     first = np.cumsum([0, *(len(row[0]) for row in rows)])
-    return ScheduleTable(
-        name, pp, vpp, microbatches, placement, first, kind, stage, microbatch
-    )
+    return ScheduleTable(name, pp, vpp, microbatches, placement, first, kind, stage, microbatch)
 
 
 def _check(name: str, pp: int, microbatches: int, vpp: int) -> None:

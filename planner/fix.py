@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args
 
 from ..ir import InvalidInput
+from ..ir.plan import ScheduleName
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"),
@@ -93,6 +94,12 @@ class Fix:
             stages=self.stages,
             sp=self.sp,
         )
+
+    @property
+    def schedule_name(self) -> ScheduleName:
+        """The schedule that is fixed, or the default for the virtual stages that are."""
+        default: ScheduleName = "interleaved" if (self.vpp or 1) > 1 else "1f1b"
+        return next((name for name in get_args(ScheduleName) if name == self.schedule), default)
 
     @property
     def degrees(self) -> tuple[int, int, int]:

@@ -163,6 +163,19 @@ def inner_of(
     )  # fmt: skip
 
 
+def splits_anything(axes: Sequence[Axis], annotations: Mapping[str, Annotation]) -> bool:
+    """Whether every tensor axis splits the result of some op."""
+    return all(
+        any(
+            kind[axis.name].is_split
+            for types in annotations.values()
+            for op in types.ops.values()
+            for kind in op.results
+        )
+        for axis in axes
+    )
+
+
 def price_blocks(
     chain: Chain,
     annotations: Mapping[str, Annotation],

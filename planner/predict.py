@@ -11,12 +11,15 @@ from ..costmodel.cluster import Cluster
 from ..costmodel.memory import StageBytes
 from ..ir import Infeasible, InvalidInput
 from ..ir.from_dims import expert_binding
+from ..ir.graph import Model
 from ..ir.mesh import Mesh
-from ..ir.plan import Recompute, Strategy
+from ..ir.plan import Annotation, Recompute, Strategy
+from ..ir.schedule_rows import default_vpp, schedule_placement
 from .candidates import Candidate
 from .costs import ModelCosts
 from .fix import Fix
-from .inner import Inner, inner_of, sub_axes
+from .inner import Inner, inner_of, splits_anything, sub_axes
+from .report import prediction_text, stored
 from .request import Request, bounds_of, pinned_types, repeated
 from .sbp_program import Chain, Typing, solve
 from .step import price_step
@@ -31,6 +34,8 @@ class Prediction:
 
     `time` is seconds by cause and adds up to `step_seconds`; `memory` bytes per pipeline rank by
     kind, without the device's reserve; `mfu` counts the model's FLOPs, `hfu` those executed.
+    `annotations` are the types of blocks on the tensor axes, `bounds` the segments at which
+    (virtual) stages begin and end.
     """
 
     strategy: Strategy
@@ -41,6 +46,12 @@ class Prediction:
     time: Mapping[str, float]
     memory: tuple[StageBytes, ...]
     memory_limit_bytes: int
+    model: Model
+    annotations: Mapping[str, Annotation]
+    bounds: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return prediction_text(self)
 
     @property
     def memory_bytes(self) -> tuple[int, ...]:
@@ -67,7 +78,22 @@ class Prediction:
                 "time": dict(self.time),
                 "memory": [stage.to_json() for stage in self.memory],
             },
+            "parameters": self.parameters(),
+            "alternatives": [],
         }
+
+    def parameters(self) -> dict[str, dict[str, Any]]:
+        """Parameter name → the virtual stages that hold it, and its stored type per axis."""
+        found: dict[str, dict[str, Any]] = {}
+        for stage, (first, last) in enumerate(pairwise(self.bounds)):
+            for segment in self.model.segments[first:last]:
+                types = self.annotations[segment.block].parameters
+                for name, kind in zip(segment.parameters, types, strict=True):
+                    entry = found.setdefault(
+                        name, {"stages": [], "sbp": stored(self.strategy.zero, kind).to_json()}
+                    )
+                    entry["stages"] += [stage] * (stage not in entry["stages"])
+        return found
 
 
 def predict(request: Request, typings: Typings | None = None) -> Prediction:
@@ -113,6 +139,9 @@ def predict(request: Request, typings: Typings | None = None) -> Prediction:
         price.time,
         price.memory,
         request.limit_bytes,
+        request.model,
+        inner.annotations,
+        tuple(bounds),
     )
 
 
@@ -135,7 +164,7 @@ def candidate_of(request: Request) -> Candidate:
             f"--fix: pp*dp*cp*tp = {pp}*{dp}*{cp}*{tp} = {pp * dp * cp * tp}, expected the "
             f"cluster's {world} devices"
         )
-    batch, micro, vpp = request.workload.global_batch, fix.micro_batch or 1, fix.vpp or 1
+    batch, micro = request.workload.global_batch, fix.micro_batch or 1
     if batch % (dp * micro):
         raise InvalidInput(
             f"--fix: dp*micro_batch = {dp}*{micro} does not divide global_batch {batch}"
@@ -145,16 +174,25 @@ def candidate_of(request: Request) -> Candidate:
             f"--fix: cp={cp}{f', sp=1 with tp={tp}' if fix.sp else ''} does not divide seq_len "
             f"{request.workload.seq_len}"
         )
+    schedule = fix.schedule_name
+    vpp = default_vpp(schedule) if fix.vpp is None else fix.vpp
+    try:
+        schedule_placement(schedule, pp, batch // (dp * micro), vpp)
+    except InvalidInput as error:
+        raise InvalidInput(f"--fix: {error}") from None
+    ep, etp = fix.ep or 1, fix.etp or 1
+    if (ep > 1 or etp > 1) and not any(
+        op.kind == "moe_dispatch" for graph in request.model.blocks.values() for op in graph.ops
+    ):
+        raise InvalidInput(f"--fix: ep={ep}, etp={etp}, but the model has no experts")
     layers = repeated(request.model).count
     if pp * vpp > layers + 2:
         raise InvalidInput(f"--fix: pp*vpp = {pp}*{vpp} stages, but the model has {layers} layers")
     group = fix.zero_group or 0
     if group and (dp * cp) % group:
         raise InvalidInput(f"--fix: zero_group={group} does not divide dp*cp = {dp * cp}")
-    ep, etp = fix.ep or 1, fix.etp or 1
     if (dp * cp * tp) % (ep * etp):
         raise InvalidInput(f"--fix: ep*etp = {ep}*{etp} does not divide dp*cp*tp = {dp * cp * tp}")
-    schedule = fix.schedule or ("interleaved" if vpp > 1 else "1f1b")
     return Candidate(
         pp, dp, tp, fix.zero or 0, micro, batch // (dp * micro), schedule, vpp, cp, ep, etp, group
     )
@@ -204,4 +242,9 @@ def _inner(request: Request, candidate: Candidate, typings: Typings) -> Inner:
             typings[key] = solve(chain, tensor, {**binding, "b": 1}, pretended)
         except Infeasible as error:
             raise InvalidInput(f"--fix: tp={candidate.tp}: {error}") from None
+        if candidate.tp > 1 and not splits_anything(tensor, typings[key].annotations):
+            raise InvalidInput(
+                f"--fix: tp={candidate.tp}: no operation of the model can be split over "
+                f"{candidate.tp} devices (heads, hidden sizes and vocabulary do not divide by it)"
+            )
     return inner_of(chain, typings[key].annotations, costs, [_mode(request.fix), "none"])

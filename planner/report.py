@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +13,9 @@ from ..ir.conversion import LOCAL, steps
 from ..ir.graph import Graph
 from ..ir.plan import Annotation, Plan
 from ..ir.types import I, NdType, S
+
+if TYPE_CHECKING:
+    from .predict import Prediction
 
 GIB = 2**30
 MIB = 2**20
@@ -169,10 +173,37 @@ def conversions(graph: Graph, annotation: Annotation) -> list[tuple[str, NdType,
     ]
 
 
-def stored(plan: Plan, kind: NdType) -> NdType:
+def stored(zero: int, kind: NdType) -> NdType:
     """How a parameter is stored: as forward reads it along tensor axes; along dp split under ZeRO
     3 and whole, with its gradient summed, otherwise."""
-    return kind.replace("dp", S(0) if plan.strategy.zero == 3 else I)
+    data = NdType((("dp", S(0) if zero == 3 else I),))
+    return NdType(data.axes + tuple(item for item in kind.axes if item[0] != "dp"))
+
+
+def prediction_text(found: Prediction) -> str:
+    """A prediction as a table a person can read."""
+    strategy, seconds = found.strategy, found.step_seconds
+    shown = [f"{key}={value}" for key, value in strategy.to_json().items() if key != "stages"]
+    head = [
+        f"{found.model.name or 'model'}: {' '.join(shown)}",
+        f"  step {_seconds(seconds)}   {found.tokens_per_second:,.0f} tokens/s   "
+        f"MFU {found.mfu:.1%}   HFU {found.hfu:.1%}",
+    ]
+    if not found.fits:
+        over = (max(found.memory_bytes) - found.memory_limit_bytes) / GIB
+        head.append(f"  DOES NOT FIT: the fullest stage is {over:.1f} GiB over the limit")
+    times = _table("Time of a step", "part", "seconds", "share")
+    for part, spent in found.time.items():
+        if spent:
+            times.add_row(part.replace("_", " "), f"{spent:.4g}", f"{spent / seconds:.1%}")
+    kinds = list(found.memory[0].to_json())
+    stages = _table("Memory per pipeline rank, GiB", "rank", "layers", *kinds, "total")
+    for rank, stage in enumerate(found.memory):
+        cells = [f"{value / GIB:.2f}" for value in stage.to_json().values()]
+        layers = str(strategy.layers[rank]) if rank < len(strategy.layers) else ""
+        limit = found.memory_limit_bytes / GIB
+        stages.add_row(str(rank), layers, *cells, f"{stage.total / GIB:.2f} of {limit:.2f}")
+    return render("\n".join(head), "", times, "", stages)
 
 
 def to_json(plan: Plan) -> dict[str, object]:
@@ -200,7 +231,7 @@ def to_json(plan: Plan) -> dict[str, object]:
             "relaxation": dict(certificate.relaxation),
         },
         "parameters": {
-            name: {"stages": stages[name], "sbp": stored(plan, kind).to_json()}
+            name: {"stages": stages[name], "sbp": stored(plan.strategy.zero, kind).to_json()}
             for name, kind in types.items()
         },
         "alternatives": [

@@ -20,14 +20,15 @@ import numpy as np
 
 from ..costmodel.cluster import Cluster
 from ..costmodel.memory import StageBytes, StateBytes, gather_bytes, state_bytes
-from ..costmodel.steptime import data_parallel_sync, overlap_cost_fraction
+from ..costmodel.overlap import overlap_cost_fraction
+from ..costmodel.steptime import data_parallel_sync
 from ..ir import Infeasible, InvalidInput
 from ..ir.from_dims import expert_binding
 from ..ir.mesh import Mesh
 from ..ir.plan import Recompute
 from .candidates import Candidate, candidates, most_devices
 from .fix import Fix
-from .inner import MODES, Inner, solve_inner, sub_axes
+from .inner import MODES, Inner, solve_inner, splits_anything, sub_axes
 from .linear_program import Solver
 from .request import Request, bounds_of, pinned_stages, pinned_types, repeated
 from .sbp_program import Chain
@@ -144,6 +145,9 @@ class Search:
                 raise Infeasible(self._contradiction(candidate))
             raise Infeasible(self._shortage(needed, candidate))
         done.sort(key=lambda o: (o.seconds, o.candidate))
+        solved = len(done)
+        done = [self._priced(o.candidate, o.inner, o.cut, exact=True) for o in done[:top]]
+        done.sort(key=lambda o: (o.seconds, o.candidate))
         tied = [o for o in done if o.seconds <= done[0].seconds * (1 + TIE)]
         chosen = min(tied, key=self._preference)
         done.remove(chosen)
@@ -152,8 +156,8 @@ class Search:
         return Found(
             tuple(done[:top]),
             min(bounds),
-            len(done),
-            total - len(done) - len(short) - useless,
+            solved,
+            total - solved - len(short) - useless,
             len(short) + useless,
             time.process_time() - began,
             dict(methods),
@@ -201,11 +205,13 @@ class Search:
                 self._refused[candidate.tp] = error
                 self._inner[key] = None
                 return None
-            if candidate.tp > 1 and not _splits(inner) and self.request.fix.tp == candidate.tp:
+            useful = candidate.tp == 1 or splits_anything(inner.axes, inner.annotations)
+            if not useful and self.request.fix.tp == candidate.tp:
                 # The model is so small that splitting does not pay, but it was asked for.
-                local = _resized(Cluster.preset("local"), self.request.cluster.world_size)
+                local = Cluster.preset("local").resized(self.request.cluster.world_size)
                 inner = self._solved(candidate, local)
-            self._inner[key] = inner if candidate.tp == 1 or _splits(inner) else None
+                useful = splits_anything(inner.axes, inner.annotations)
+            self._inner[key] = inner if useful else None
         return self._inner[key]
 
     def _solved(self, candidate: Candidate, decided_on: Cluster | None = None) -> Inner:
@@ -299,8 +305,8 @@ class Search:
             ]
         )  # fmt: skip
 
-    def _priced(self, candidate: Candidate, inner: Inner, cut: Cut) -> Outcome:
-        price = price_step(self.request, candidate, inner, cut.bounds, cut.modes)
+    def _priced(self, candidate: Candidate, inner: Inner, cut: Cut, exact: bool = False) -> Outcome:
+        price = price_step(self.request, candidate, inner, cut.bounds, cut.modes, exact)
         return Outcome(candidate, inner, cut, price.seconds, dict(price.time), price.memory)
 
     # --- messages --------------------------------------------------------------------------------
@@ -360,7 +366,7 @@ class Search:
         last = min(_MOST_NODES, most_devices(request) // cluster.devices_per_node)
         for nodes in range(start, last + 1):
             try:
-                larger = replace(request, cluster=_resized(cluster, nodes))
+                larger = replace(request, cluster=cluster.resized(nodes))
                 other = Search(larger, self.solver)
                 options = candidates(larger)
             except InvalidInput:
@@ -388,30 +394,8 @@ def _nodes(count: int, devices: int) -> str:
     return f"{count} node{'s' * (count > 1)} of {devices} device{'s' * (devices > 1)}"
 
 
-def _resized(cluster: Cluster, nodes: int) -> Cluster:
-    """A cluster of the same kind with another number of nodes."""
-    outermost = cluster.levels[-1].model_copy(
-        update={"span_devices": nodes * cluster.devices_per_node}
-    )
-    levels = [*cluster.levels[:-1], outermost]
-    return cluster.model_copy(update={"nodes": nodes, "levels": type(cluster.levels)(levels)})
-
-
 def _step_bound(through_seconds: float, candidate: Candidate) -> float:
     """The least a step takes whose microbatches take `through_seconds` for the whole model."""
     m = candidate.microbatches
     return float(through_seconds / -np.expm1(candidate.pp * np.log1p(-1 / m)) if m > 1
                  else through_seconds)  # fmt: skip
-
-
-def _splits(inner: Inner) -> bool:
-    """Whether every tensor axis splits some op."""
-    return all(
-        any(
-            kind[axis.name].is_split
-            for types in inner.annotations.values()
-            for op in types.ops.values()
-            for kind in op.results
-        )
-        for axis in inner.axes
-    )

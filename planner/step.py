@@ -7,25 +7,29 @@ how the chain of segments is cut.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 from ..costmodel.collectives import Group, collective_seconds
-from ..costmodel.memory import StageBytes, StateBytes, gather_bytes, stage_bytes, state_bytes
-from ..costmodel.precision import Precision
+from ..costmodel.memory import StageBytes
+from ..costmodel.overlap import exposed_seconds
+from ..costmodel.pipeline import schedule_estimate_seconds
+from ..costmodel.simulate import DataParallel, StageTimes, StepOptions, Transfer, simulate
 from ..costmodel.steptime import (
     SyncSeconds,
     accumulation_seconds,
     data_parallel_sync,
-    exposed_seconds,
     optimizer_step_seconds,
-    pipeline_estimate_seconds,
 )
 from ..costmodel.work import Work
 from ..ir.plan import Recompute
+from ..ir.schedule_rows import schedule_placement, schedule_table
 from .candidates import Candidate
+from .footprint import Parameters, rank_bytes
+from .footprint import in_flight as in_flight
+from .footprint import rank_state as rank_state
 from .inner import Inner
-from .request import Request
+from .request import Request, repeated
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,33 +70,29 @@ def price_step(
     inner: Inner,
     bounds: Sequence[int],
     modes: Sequence[Sequence[Recompute]],
+    exact: bool = True,
 ) -> StepPrice:
     """Time and memory of a step.
 
     `bounds` cut the segments into pp x vpp virtual stages in order of the model, `modes` are the
-    recompute modes of each one's segments.
+    recompute modes of each one's segments. `exact`: the schedule is simulated, with what surrounds
+    it; otherwise estimated, which a search can afford for every configuration.
     """
     stages = [
         _stage(request, candidate, inner, first, last, kinds)
         for (first, last), kinds in zip(pairwise(bounds), modes, strict=True)
     ]
     ranks = _ranks(candidate, stages)
-    busiest = max(ranks, key=lambda rank: sum(stage.seconds for stage in rank))
     m = candidate.microbatches
+    busiest = max(ranks, key=lambda rank: sum(stage.seconds for stage in rank))
     time: dict[str, float] = {}
     for stage in busiest:
         for work in (stage.forward, stage.backward):
             for cause, seconds in work.seconds.items():
                 time[cause] = time.get(cause, 0.0) + m * seconds
-    time |= _pipeline(request, candidate, stages, ranks)
-    time |= {"data_parallel": 0.0, "optimizer": 0.0}
-    for rank in ranks:
-        time["data_parallel"] = max(time["data_parallel"], _sync_seconds(request, rank, m))
-        optimizer = _optimizer_seconds(request, candidate, rank)
-        time["optimizer"] = max(time["optimizer"], optimizer)
+    time |= (_simulated if exact else _estimated)(request, candidate, stages, ranks)
     flops = m * sum(s.forward.flops + s.backward.flops for s in busiest)
-    memory = _memory(request, candidate, inner, bounds, modes)
-    return StepPrice(time, memory, flops)
+    return StepPrice(time, rank_bytes(request, candidate, inner, bounds, modes), flops)
 
 
 def _stage(
@@ -125,35 +125,6 @@ def _stage(
     return StageWork(forward, backward, weights_s, parameters, sync, carried)
 
 
-@dataclass(slots=True)
-class Parameters:
-    """Elements that a rank computes with, by parameter name: of dense layers and of experts, which
-    have different copies to be kept equal."""
-
-    dense: dict[str, int] = field(default_factory=dict)
-    experts: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def elements(self) -> int:
-        return sum(self.dense.values()) + sum(self.experts.values())
-
-    def sharded(self, candidate: Candidate) -> float:
-        """Elements whose optimizer state a rank has."""
-        if candidate.zero == 0:
-            return self.elements
-        dense, experts = sum(self.dense.values()), sum(self.experts.values())
-        return dense / candidate.shards + experts / candidate.expert_shards
-
-    def add(self, request: Request, inner: Inner, first: int, last: int) -> None:
-        """Adds those of segments first ... last-1; one used twice counts once."""
-        for segment in request.model.segments[first:last]:
-            graph = request.model.blocks[segment.block]
-            experts = inner.expert_parameters[segment.block]
-            sizes = inner.local_parameters[segment.block]
-            for name, own, size in zip(segment.parameters, graph.parameters, sizes, strict=True):
-                (self.experts if own in experts else self.dense)[name] = size
-
-
 def _sync(request: Request, candidate: Candidate, parameters: Parameters) -> SyncSeconds:
     """Data-parallel communication of a stage: that of dense layers and that of experts."""
     parts = [(candidate.data, candidate.shards, parameters.dense)]
@@ -176,29 +147,118 @@ def _sync(request: Request, candidate: Candidate, parameters: Parameters) -> Syn
 
 def _ranks(candidate: Candidate, stages: Sequence[StageWork]) -> list[list[StageWork]]:
     """The virtual stages of every pipeline rank."""
-    return [list(stages[rank :: candidate.pp]) for rank in range(candidate.pp)]
+    ranks: list[list[StageWork]] = [[] for _ in range(candidate.pp)]
+    placement = schedule_placement(
+        candidate.schedule, candidate.pp, candidate.microbatches, candidate.vpp
+    )
+    for rank, stage in zip(placement, stages, strict=True):
+        ranks[rank].append(stage)
+    return ranks
 
 
-def _pipeline(
+def _simulated(
     request: Request,
     candidate: Candidate,
     stages: Sequence[StageWork],
     ranks: Sequence[Sequence[StageWork]],
 ) -> dict[str, float]:
-    """Seconds that the pipeline adds to the busiest rank's work: bubbles, and transfers."""
-    pp, m, v = candidate.pp, candidate.microbatches, candidate.vpp
-    if pp == 1:
-        return {"pipeline_bubble": 0.0, "pipeline_p2p": 0.0}
-    transfers = [transfer_seconds(request, candidate, stage.carried_bytes) for stage in stages[:-1]]
-    rank_s = [sum(stage.seconds for stage in rank) for rank in ranks]
-    hops = transfers[: pp - 1]
-    total = pipeline_estimate_seconds(rank_s, hops, m)
-    alone = pipeline_estimate_seconds(rank_s, [0.0] * (pp - 1), m)
-    bubble = (alone - m * max(rank_s)) / v
-    sent = total - alone
-    if request.runtime.transfer_blocks:  # both ends wait for every transfer of a microbatch
-        sent = max(sent, 2 * v * m * max(transfers))
-    return {"pipeline_bubble": bubble, "pipeline_p2p": sent}
+    """What a step takes beyond the work of its busiest rank, from its timeline."""
+    runtime, m = request.runtime, candidate.microbatches
+    table = schedule_table(candidate.schedule, candidate.pp, m, candidate.vpp)
+    sync = DataParallel(
+        tuple(stage.sync.reduce_per_step_s for stage in stages),
+        tuple(stage.sync.gather_per_step_s for stage in stages),
+        buckets=max(1, repeated(request.model).count // len(stages)),
+        overlapped=runtime.overlap_gradients,
+        at_start=runtime.overlap_gathers,
+    )
+    optimizer = tuple(_optimizer_seconds(request, candidate, rank) for rank in ranks)
+    options = StepOptions(_transfer(request), sync, optimizer)
+    timeline = simulate(
+        table, _times(request, stages), _transfers(request, candidate, stages), options
+    )
+    busy = m * max(sum(stage.seconds for stage in rank) for rank in ranks)
+    slowest = int(timeline.busy_s.argmax())
+    sharded = float(timeline.busy_s[slowest]) - busy  # per microbatch, inside the stages
+    sent = float(timeline.exposed_transfer_s[slowest])
+    last = max(optimizer)
+    return {
+        "pipeline_bubble": timeline.pipeline_s - busy - sharded - sent,
+        "pipeline_p2p": sent,
+        "data_parallel": timeline.step_s - timeline.pipeline_s - last + sharded,
+        "optimizer": last,
+    }
+
+
+def _estimated(
+    request: Request,
+    candidate: Candidate,
+    stages: Sequence[StageWork],
+    ranks: Sequence[Sequence[StageWork]],
+) -> dict[str, float]:
+    """The same in closed form: synchronisation once per step hides behind one microbatch of the
+    rank that has most of it."""
+    runtime, m = request.runtime, candidate.microbatches
+    times, transfers = _times(request, stages), _transfers(request, candidate, stages)
+    busy = m * max(sum(stage.seconds for stage in rank) for rank in ranks)
+    total = schedule_estimate_seconds(
+        candidate.schedule, times, transfers, m, candidate.vpp, _transfer(request)
+    )
+    exposed = 0.0
+    for rank in ranks:
+        compute = sum(stage.seconds for stage in rank)
+        reduces = sum(stage.sync.reduce_per_step_s for stage in rank)
+        gathers = sum(stage.sync.gather_per_step_s for stage in rank)
+        hidden = reduces * runtime.overlap_gradients + gathers * runtime.overlap_gathers
+        exposed = max(exposed, reduces + gathers - hidden + exposed_seconds(hidden, compute))
+    return {
+        "pipeline_bubble": total - busy,
+        "pipeline_p2p": 0.0,
+        "data_parallel": exposed,
+        "optimizer": max(_optimizer_seconds(request, candidate, rank) for rank in ranks),
+    }
+
+
+def _transfer(request: Request) -> Transfer:
+    return "blocking" if request.runtime.transfer_blocks else "overlapped"
+
+
+def _times(request: Request, stages: Sequence[StageWork]) -> StageTimes:
+    """Per microbatch, with data-parallel communication of every microbatch (ZeRO-2 and -3)."""
+    passes = [_seconds(request, stage) for stage in stages]
+    return StageTimes(
+        tuple(forward for forward, _ in passes),
+        tuple(
+            backward - stage.weights_s for (_, backward), stage in zip(passes, stages, strict=True)
+        ),
+        tuple(stage.weights_s for stage in stages),
+    )
+
+
+def _seconds(request: Request, stage: StageWork) -> tuple[float, float]:
+    """Forward and backward of a microbatch with its own gathers and reductions: what does not hide
+    behind the pass beside it, and what hiding costs."""
+    runtime, sync = request.runtime, stage.sync
+    forward, backward = stage.forward.total_s, stage.backward.total_s
+    gathers, reduces = sync.gather_per_microbatch_s / 2, sync.reduce_per_microbatch_s
+    found = []
+    for compute, parts in (
+        (forward, ((gathers, runtime.overlap_gathers),)),
+        (
+            backward,
+            ((gathers, runtime.overlap_gathers), (reduces, runtime.overlap_gradients)),
+        ),
+    ):
+        hidden = sum(seconds for seconds, overlaps in parts if overlaps)
+        plain = sum(seconds for seconds, overlaps in parts if not overlaps)
+        found.append(compute + plain + exposed_seconds(hidden, compute))
+    return found[0], found[1]
+
+
+def _transfers(
+    request: Request, candidate: Candidate, stages: Sequence[StageWork]
+) -> tuple[float, ...]:
+    return tuple(transfer_seconds(request, candidate, stage.carried_bytes) for stage in stages[:-1])
 
 
 def transfer_seconds(request: Request, candidate: Candidate, carried_bytes: float) -> float:
@@ -211,70 +271,6 @@ def transfer_seconds(request: Request, candidate: Candidate, carried_bytes: floa
     return collective_seconds(cluster, "send", carried_bytes, candidate.pipe)
 
 
-def _sync_seconds(request: Request, rank: Sequence[StageWork], microbatches: int) -> float:
-    """What data-parallel communication adds to a rank's step: all of it, or what does not hide
-    behind the compute of a microbatch."""
-    runtime = request.runtime
-    compute = sum(stage.seconds for stage in rank)
-    reduce_s = sum(stage.sync.reduce_per_microbatch_s for stage in rank)
-    gather_s = sum(stage.sync.gather_per_microbatch_s for stage in rank)
-    reduce_once = sum(stage.sync.reduce_per_step_s for stage in rank)
-    gather_once = sum(stage.sync.gather_per_step_s for stage in rank)
-    total = 0.0
-    for times, reduces, gathers in (
-        (microbatches, reduce_s, gather_s),
-        (1, reduce_once, gather_once),
-    ):
-        hidden = reduces * runtime.overlap_gradients + gathers * runtime.overlap_gathers
-        total += times * (reduces + gathers - hidden + exposed_seconds(hidden, compute))
-    return total
-
-
 def _optimizer_seconds(request: Request, candidate: Candidate, rank: Sequence[StageWork]) -> float:
     elements = sum(stage.parameters.sharded(candidate) for stage in rank)
     return optimizer_step_seconds(request.cluster.device, elements, request.precision)
-
-
-def _memory(
-    request: Request,
-    candidate: Candidate,
-    inner: Inner,
-    bounds: Sequence[int],
-    modes: Sequence[Sequence[Recompute]],
-) -> tuple[StageBytes, ...]:
-    pp, precision, found = candidate.pp, request.precision, []
-    for rank in range(pp):
-        virtual = range(rank, pp * candidate.vpp, pp)
-        parameters, blocks, largest = Parameters(), [], 0
-        for stage in virtual:
-            first, last = bounds[stage], bounds[stage + 1]
-            parameters.add(request, inner, first, last)
-            segments = request.model.segments[first:last]
-            largest = max([largest, *(sum(inner.local_parameters[s.block]) for s in segments)])
-            blocks += [
-                inner.costs[s.block, mode].memory
-                for s, mode in zip(segments, modes[stage], strict=True)
-            ]
-        state = rank_state(precision, candidate, sum(parameters.dense.values()))
-        if parameters.experts:
-            elements = sum(parameters.experts.values())
-            state += state_bytes(elements, precision, candidate.zero, candidate.expert_shards)
-        gather = gather_bytes(largest, precision, candidate.zero, candidate.shards)
-        found.append(stage_bytes(state, blocks, in_flight(candidate, rank), gather))
-    return tuple(found)
-
-
-def rank_state(precision: Precision, candidate: Candidate, parameters: int) -> StateBytes:
-    """Weights, gradients and optimizer state of so many parameters of dense layers."""
-    return state_bytes(parameters, precision, candidate.zero, candidate.shards)
-
-
-def in_flight(candidate: Candidate, rank: int) -> float:
-    """Microbatches whose activations a rank holds at once, of its whole share of the model."""
-    pp, m, v = candidate.pp, candidate.microbatches, candidate.vpp
-    if candidate.schedule == "gpipe":
-        return m
-    if v == 1:
-        return min(m, pp - rank)
-    # interleaved: 2·(pp - rank - 1) + (v - 1)·pp + 1 virtual stages (arXiv:2205.05198, appendix A)
-    return min(m * v, 2 * (pp - rank - 1) + (v - 1) * pp + 1) / v

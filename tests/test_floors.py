@@ -19,7 +19,14 @@ FLOORS = {"ir": 1, "costmodel": 2, "planner": 3, "backends": 4, "checkpoint": 4}
 PUBLIC_FACE = {"__init__.py", "__main__.py", "cli.py"}
 """Top-level files: they may import everything, nothing below imports them."""
 FRAMEWORKS = {"torch", "jax", "transformers"}
-FRAMEWORK_ROOMS = ("ir.from_torch", "ir.from_jax", "backends")
+FRAMEWORK_ROOMS = (
+    "ir.from_torch",
+    "ir.from_jax",
+    "backends",
+    "costmodel.ranks",
+    "costmodel.probe",
+    "costmodel.calibrate",
+)
 """Where a framework may be imported at all (but not by `import shardwright`)."""
 
 CodeFolders = Callable[[Path], list[str]]

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
-from shardwright.costmodel.device import ComputeDtype
+from shardwright.costmodel.efficiency import ComputeDtype
 from shardwright.ir.from_dims import TransformerDims
 
 from .setup import Setup, chip_of

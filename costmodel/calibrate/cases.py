@@ -82,11 +82,11 @@ class Case:
 
 
 def levels(
-    kinds: tuple[KernelClass, ...], dtypes: tuple[ComputeDtype, ...]
+    kinds: tuple[KernelClass, ...], dtypes: tuple[ComputeDtype, ...], coarse: bool = False
 ) -> Iterator[list[list[Case]]]:
     """Level by level, the cases of each kind and dtype: when time runs out, all kinds have been
-    measured up to about the same size."""
-    for level in _LEVELS:
+    measured up to about the same size. `coarse` takes every second level, and one shape of each."""
+    for level in _LEVELS[:: 2 if coarse else 1]:
         turn = []
         for kind in kinds:
             for dtype in dtypes:
@@ -94,7 +94,8 @@ def levels(
                     continue  # bytes are bytes
                 if dtype in PRODUCTS_ONLY and kind != "matmul":
                     continue
-                turn.append([Case(kind, dtype, level, dims) for dims in _shapes(kind, level)])
+                shapes = _shapes(kind, level)[: 1 if coarse else None]
+                turn.append([Case(kind, dtype, level, dims) for dims in shapes])
         yield turn
 
 

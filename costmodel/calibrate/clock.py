@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-_BLOCKS = 5
+_BLOCKS = 15
 _ALONE_BLOCK_S = 1e-3
 _SHARED_BLOCK_S = 20e-3
 """Where ranks share cores, a block of calls must span several turns of the scheduler (a few
@@ -40,8 +40,14 @@ class Clock:
         once_s = max(time.perf_counter() - before, 1e-7)
         block_s = _SHARED_BLOCK_S if self.shared else _ALONE_BLOCK_S
         calls = max(1, min(_MOST_CALLS, round(block_s / once_s)))
-        blocks = max(1, min(_BLOCKS, int(at_most_s / (calls * once_s))))
-        return median(self._block(call, calls, once_s) for _ in range(blocks))
+        taken = []
+        began = time.perf_counter()
+        while True:
+            taken.append(self._block(call, calls, once_s))
+            over = time.perf_counter() - began + calls * taken[-1] > at_most_s
+            # Ranks that share cores all go on for as long: none runs alone at the end.
+            if over or (not self.shared and len(taken) == _BLOCKS):
+                return median(taken)
 
     def _block(self, call: Callable[[], object], calls: int, once_s: float) -> float:
         if self.device.type != "cuda":

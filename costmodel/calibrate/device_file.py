@@ -61,7 +61,7 @@ def device_of(machine: Machine, samples: Samples) -> Device:
         ),
         "kernel_launch_s": _short(launch_s),
         "reserve_bytes": machine.reserve_bytes,
-        "host_s_per_kernel": _short(samples.host_s_per_kernel),
+        "host_s_per_call": _short(samples.host_s_per_call),
         "curves": [curve.model_dump() for curve in curves],
     }
     if machine.multiprocessors:

@@ -1,12 +1,10 @@
-"""What the host spends per kernel."""
+"""What the host spends on one call of an op."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ...ir.optable import Work
-from ..kernels import work_class
 from .clock import Clock
 
 if TYPE_CHECKING:
@@ -16,18 +14,14 @@ if TYPE_CHECKING:
 _BLOCKS = 8
 _ELEMENTS = 64
 _REPEATS = 15
-_LAYER: tuple[Work, ...] = (
-    "normalisation", "contraction", "pointwise", "pointwise", "contraction", "pointwise",
-)  # fmt: skip
-"""The ops of one block of `_step`, as the cost model counts their kernels."""
+_CALLS = 12
+"""Of one block of `_step`: six ops forward, and the backward pass of each."""
 
 
-def host_s_per_kernel(clock: Clock) -> float:
-    """Seconds of host per kernel in a step of modules so small that nothing else takes time:
-    modules, dispatcher, autograd and, on a GPU, the driver."""
-    each = [work_class(work) for work in _LAYER]
-    kernels = sum(c.forward_launches + c.backward_launches for c in each)
-    return clock.host_seconds(_step(clock.device), _REPEATS) / (kernels * _BLOCKS)
+def host_s_per_call(clock: Clock) -> float:
+    """Seconds of host per call of an op in a step of modules so small that nothing else takes
+    time: modules, dispatcher, autograd and, on a GPU, the driver."""
+    return clock.host_seconds(_step(clock.device), _REPEATS) / (_CALLS * _BLOCKS)
 
 
 def _step(device: torch.device) -> Callable[[], object]:
@@ -44,7 +38,8 @@ def _step(device: torch.device) -> Callable[[], object]:
 
         def forward(self, x: Tensor) -> Tensor:
             normed = self.norm(x)
-            return x + self.down(functional.silu(self.up(normed)) * normed)
+            added: Tensor = self.down(functional.silu(self.up(normed)) * normed)
+            return x + added
 
     model = nn.Sequential(*(Block() for _ in range(_BLOCKS))).to(device)
     x = torch.randn(1, _ELEMENTS, device=device, requires_grad=True)

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import geometric_mean, median
 
 from ..efficiency import ComputeDtype, Direction, KernelClass
-from ..ranks import Team
+from ..ranks import Report, Team
 from .cases import Case, levels
 from .clock import Clock
-from .host import host_s_per_kernel
+from .host import host_s_per_call
 from .operations import operation
 
 KINDS: tuple[KernelClass, ...] = ("matmul", "attention", "normalisation", "pointwise", "copy")
+_FINE_S = 30.0
+"""With less time a coarser grid still reaches the large sizes."""
 _RUNS = 3
 """What measuring a case costs at least, in its own time: twice to warm up, once in earnest."""
 _MEMORY_FRACTION = 0.25
 """Of what is free: operands are made twice, and libraries keep work space."""
 
-Report = Callable[[float, str], None]
 Key = tuple[KernelClass, ComputeDtype, Direction]
 
 
@@ -37,7 +37,7 @@ class Samples:
     """Everything measured on the device; `failed` says which kinds it cannot do, and why."""
 
     points: dict[Key, list[Point]]
-    host_s_per_kernel: float
+    host_s_per_call: float
     failed: dict[Key, str]
 
 
@@ -89,27 +89,29 @@ def sampled(
     deadline = time.monotonic() + budget_s
     climb = _Climb(Clock(team.device, team.world_size > 1))
     team.together()
-    host_s = host_s_per_kernel(climb.clock)
-    grid = list(levels(KINDS, dtypes))
-    total = sum(len(cases[0].directions) for turn in grid for cases in turn)
-    done = 0
-    for turn in grid:
-        for cases in turn:
-            for direction in cases[0].directions:
-                case = cases[0]
-                key: Key = (case.kind, case.dtype, direction)
-                allowed_s = team.told(
-                    lambda key=key, cases=cases: _allowed_s(  # type: ignore[misc]
-                        climb, key, cases, deadline - time.monotonic(), free_bytes, total - done
-                    )
-                )
-                done += 1
-                if allowed_s is None:
-                    climb.ended.add(key)
-                    continue
-                report(1 - (deadline - time.monotonic()) / budget_s, f"{case.kind} {case.dtype}")
-                team.together()
-                climb.measure(key, cases, allowed_s)
+    host_s = host_s_per_call(climb.clock)
+    grid = [
+        (cases, direction)
+        for turn in levels(KINDS, dtypes, coarse=budget_s < _FINE_S)
+        for cases in turn
+        for direction in cases[0].directions
+    ]
+
+    def measure(key: Key, cases: list[Case], remaining: int) -> None:
+        allowed_s = team.told(
+            lambda: _allowed_s(
+                climb, key, cases, deadline - time.monotonic(), free_bytes, remaining
+            )
+        )
+        if allowed_s is None:
+            climb.ended.add(key)
+            return
+        report(1 - (deadline - time.monotonic()) / budget_s, f"{key[0]} {key[1]}")
+        team.together()
+        climb.measure(key, cases, allowed_s)
+
+    for done, (cases, direction) in enumerate(grid):
+        measure((cases[0].kind, cases[0].dtype, direction), cases, len(grid) - done)
     rows = team.gathered((climb.points, host_s, climb.failed))
     return _merged(rows) if rows else None
 

@@ -71,12 +71,12 @@ def _attention(case: Case, direction: Direction, device: torch.device) -> Operat
     from torch.nn import functional
 
     maps, positions, head = case.dims
-    qkv = [_operand((1, maps, positions, head), case.dtype, device) for _ in range(3)]
+    q, k, v = (_operand((1, maps, positions, head), case.dtype, device) for _ in range(3))
 
     def forward() -> Tensor:
-        return functional.scaled_dot_product_attention(*qkv, is_causal=True)
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    return forward if direction == "forward" else _backward(forward, qkv)
+    return forward if direction == "forward" else _backward(forward, [q, k, v])
 
 
 def _normalisation(case: Case, direction: Direction, device: torch.device) -> Operation:

@@ -61,11 +61,11 @@ class Exchange:
 
         groups: list[ProcessGroup | None] = []
         for family in families:
+            # All ranks make all groups: made by their members alone, they get names that differ
+            # where some rank is in none (torch 2.13 counts the groups of a rank in their names).
+            made = {ranks: dist.new_group(list(ranks)) for ranks in family.groups}
             mine = family.group_of(team.rank)
-            made = None
-            if mine is not None:
-                made = dist.new_group(list(mine), use_local_synchronization=True)
-            groups.append(made)
+            groups.append(None if mine is None else made[mine])
         partners = tuple(_partner(pairs, team.rank) for pairs in rounds)
         room = most_bytes // _ELEMENT_BYTES + max(f.size for f in families) ** 2
         return Exchange(

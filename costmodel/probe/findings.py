@@ -18,6 +18,7 @@ from .noise import (
     Noise,
     Slow,
     asymmetry_fraction,
+    lasting_excess,
     repeats_of,
     slow_ends_and_links,
     symmetrised,
@@ -77,8 +78,8 @@ def findings(measured: Measured, source: str) -> Findings:
     nodes = measured.nodes
     links = _Links.of(measured)
     group_curves, groups = _collective_curves(measured, source)
-    both = {size: symmetrised(seconds) for size, seconds in links.seconds.items()}
     meets = _meeting(nodes)
+    both = _complete({size: symmetrised(s) for size, s in links.seconds.items()}, meets)
     typical = {
         kind: {
             size: float(np.nanmedian(seconds[meets == kind]))
@@ -87,7 +88,7 @@ def findings(measured: Measured, source: str) -> Findings:
         }
         for kind in (0, 1)
     }
-    floor = threshold_fraction(links.large.floor_fraction, int((meets >= 0).sum()) // 2)
+    floor = threshold_fraction(links.judged.floor_fraction, int((meets >= 0).sum()) // 2)
     usual = [Line(*_line(points)) if points else None for points in typical.values()]
     slow = _slow(nodes, both, meets, floor)
     send_curves = [
@@ -113,6 +114,13 @@ def findings(measured: Measured, source: str) -> Findings:
         floor,
         max((asymmetry_fraction(links.seconds[n]) for n in _judged(both)), default=0.0),
     )
+
+
+def _complete(both: dict[int, Array], meets: NDArray[np.int64]) -> dict[int, Array]:
+    """The sizes at which every link was measured (time may have run out in the middle of one);
+    all where there is none, so that something is known."""
+    whole = {size: s for size, s in both.items() if np.isfinite(s[meets >= 0]).all()}
+    return whole or both
 
 
 def _line(points: dict[int, float]) -> tuple[float, float]:
@@ -151,7 +159,7 @@ class _Links:
         return _Links(seconds, noise)
 
     @property
-    def large(self) -> Noise:
+    def judged(self) -> Noise:
         """Noise of the sizes by which links are judged."""
         return Noise.over(self.noise[size] for size in _judged(self.noise))
 
@@ -192,7 +200,7 @@ def _collective_curves(measured: Measured, source: str) -> tuple[list[Curve], No
 def _meeting(nodes: Nodes) -> NDArray[np.int64]:
     """(n, n): 0 where two ranks share a node, 1 where they do not, -1 on the diagonal."""
     of = np.arange(nodes.world_size) // nodes.devices_per_node
-    meets = (of[:, None] != of[None, :]).astype(np.int64)
+    meets: NDArray[np.int64] = (of[:, None] != of[None, :]).astype(np.int64)
     np.fill_diagonal(meets, -1)
     return meets
 
@@ -203,31 +211,26 @@ def _slow(
     """Slow devices and links, then slow nodes and links of nodes."""
     if not both:
         return (), (), (), ()
-    # One size may have had a bad moment: a link's time is the mean over the large ones.
-    times = np.exp(np.mean([np.log(both[size]) for size in _judged(both)], axis=0))
-
-    between = np.full((nodes.nodes, nodes.nodes), np.nan)
+    large = [both[size] for size in _judged(both)]
     per_node = nodes.devices_per_node
-    for a, b in combinations(range(nodes.nodes), 2):
-        block = times[a * per_node : (a + 1) * per_node, b * per_node : (b + 1) * per_node]
-        between[a, b] = between[b, a] = float(np.nanmedian(block))
-    same = np.zeros(between.shape, dtype=np.int64)
-    slow_nodes, node_links = slow_ends_and_links(between, same, threshold)
+    of = np.arange(nodes.world_size) // per_node
+
+    between = [_between_nodes(seconds, nodes) for seconds in large]
+    same = np.zeros((nodes.nodes, nodes.nodes), dtype=np.int64)
+    slow_nodes, node_links = slow_ends_and_links(lasting_excess(between, same), threshold)
 
     # What a node or a link of nodes is slow by is not laid on its devices again.
-    explained = np.ones(between.shape)
+    explained = np.zeros(same.shape)
     for node in slow_nodes:
-        explained[node.ends[0], :] = explained[:, node.ends[0]] = node.times_longer
+        explained[node.ends[0], :] = explained[:, node.ends[0]] = np.log(node.times_longer)
     for link in node_links:
         a, b = link.ends
-        explained[a, b] = explained[b, a] = link.times_longer
-    of = np.arange(nodes.world_size) // per_node
-    left = np.where(meets == 1, times / explained[of[:, None], of[None, :]], times)
-    if per_node == 1:
-        slow_devices: tuple[Slow, ...] = ()
-        device_links: tuple[Slow, ...] = ()
-    else:
-        slow_devices, device_links = slow_ends_and_links(left, meets, threshold)
+        explained[a, b] = explained[b, a] = np.log(link.times_longer)
+    slow_devices: tuple[Slow, ...] = ()
+    device_links: tuple[Slow, ...] = ()
+    if per_node > 1:
+        left = lasting_excess(large, meets) - explained[of[:, None], of[None, :]]
+        slow_devices, device_links = slow_ends_and_links(left, threshold)
 
     def lined(slow: tuple[Slow, ...], of_nodes: bool) -> tuple[SlowLink, ...]:
         return tuple(
@@ -238,11 +241,26 @@ def _slow(
     return slow_devices, lined(device_links, False), slow_nodes, lined(node_links, True)
 
 
+def _between_nodes(seconds: Array, nodes: Nodes) -> Array:
+    """Median seconds between the devices of two nodes (nodes, nodes), NaN on the diagonal."""
+    width = nodes.devices_per_node
+    between = np.full((nodes.nodes, nodes.nodes), np.nan)
+    for a, b in combinations(range(nodes.nodes), 2):
+        block = seconds[a * width : (a + 1) * width, b * width : (b + 1) * width]
+        if np.isfinite(block).any():
+            between[a, b] = between[b, a] = float(np.nanmedian(block))
+    return between
+
+
 def _own_line(slow: Slow, both: dict[int, Array], nodes: Nodes, of_nodes: bool) -> Line:
     """The line of one link: of two ranks, or the median of all ranks of two nodes."""
     width = nodes.devices_per_node if of_nodes else 1
     rows, columns = (slice(end * width, (end + 1) * width) for end in slow.ends)
-    points = {size: float(np.nanmedian(seconds[rows, columns])) for size, seconds in both.items()}
+    points = {
+        size: float(np.nanmedian(seconds[rows, columns]))
+        for size, seconds in both.items()
+        if np.isfinite(seconds[rows, columns]).any()
+    }
     return fitted_line(list(points), list(points.values()))
 
 

@@ -7,7 +7,7 @@ as slow only where it differs by more than repeated measurements of the same lin
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -118,17 +118,27 @@ class Slow:
     times_longer: float
 
 
+def lasting_excess(seconds: Sequence[Array], kinds: NDArray[np.int64]) -> Array:
+    """By how much (a logarithm) links are slower than usual, at every one of several sizes.
+
+    `seconds` are (n, n) per size, symmetric, NaN where not measured. A link is compared with the
+    median of those of its kind (`kinds`, the level where they meet, -1 to leave one out), and the
+    least of its sizes counts: sizes are measured at different times, so that a burst of noise does
+    not make a link slow.
+    """
+    least: Array = np.min([_excess(one, kinds) for one in seconds], axis=0)
+    return least
+
+
 def slow_ends_and_links(
-    seconds: Array, kinds: NDArray[np.int64], threshold: float
+    excess: Array, threshold: float
 ) -> tuple[tuple[Slow, ...], tuple[Slow, ...]]:
     """Which ends are slow to all their partners, and which links are slow beyond their ends.
 
-    `seconds` (n, n), symmetric; NaN where not measured. Links are compared with the median of
-    those of their kind (`kinds`, the level where they meet, -1 to leave one out). An end is as slow
-    as the median of its links, and what is left of a link after its slower end is the link's own;
-    ends are found slowest first, so that one slow end does not colour its partners.
+    `excess` (n, n) is symmetric, NaN where a link does not count. An end is as slow as the median
+    of its links, and what is left of a link after its slower end is the link's own; ends are found
+    slowest first, so that one slow end does not colour its partners.
     """
-    excess = _excess(seconds, kinds)
     size = len(excess)
     of_end = np.zeros(size)
     for _ in range(size):

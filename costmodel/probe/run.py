@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..probe_sizes import next_size
-from ..ranks import Team
+from ..ranks import Report, Team
 from .exchange import Exchange, moved_bytes
 from .fit import Line, fitted_line
 from .noise import Array
@@ -27,7 +26,9 @@ from .schedule import (
     inner_count,
     next_batch,
     shuffled,
+    spent_s,
 )
+from .words import sized
 
 _ESTIMATED_BYTES = (SIZES_BYTES[0], 2**20)
 """Sizes from which the cost of all others is estimated: bound by latency, and by bandwidth."""
@@ -39,11 +40,8 @@ _MOST_INNER = 20
 _MORE_SIZES = 4
 _RESERVED_FRACTION = 0.12
 """Of the budget, for the sizes where curves bend."""
-_MESSAGE_PARTS = 3
-"""An item of messages sends each way, with answers: about three times the one that is timed."""
-
-Report = Callable[[float, str], None]
-"""Told the share of the work that is done, and what is being done."""
+_MESSAGES_FRACTION = 0.35
+"""Of the budget, for messages: all rounds of pairs make one size, so that they cost most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +106,7 @@ def measured(
     report(0.0, "estimating")
     lots = _estimate(team, session, series, sizes, len(pairs))
     estimates = len(session.items)
-    chosen = team.told(
-        lambda: affordable(lots, (deadline - time.monotonic()) * (1 - _RESERVED_FRACTION))
-    )
+    chosen = team.told(lambda: _chosen(lots, deadline - time.monotonic()))
     todo = shuffled(chosen, seed)
     for lot in lots:
         session.took_s[lot.series, lot.bytes] = lot.seconds / len(lot.rounds)
@@ -166,15 +162,24 @@ def _lots(
 ) -> list[Lot]:
     """What a series costs at each size, where the others' waiting costs `around_s` per item."""
     messages = series.kind == "send"
-    parts = _MESSAGE_PARTS if messages else 1
+    at = tuple(range(turns)) if messages else (0,)
     lots = []
     for size in sizes:
         inner = inner_count(line.seconds(size), _TARGET_S, _MOST_INNER)
-        operations = inner * parts + (0 if messages or inner == 1 else 1)
-        each = max(around_s, 0.0) + operations * line.seconds(size)
-        at = tuple(range(turns)) if messages else (0,)
-        lots.append(Lot(series, size, each * len(at), at, inner))
+        if messages:  # each way, and once there and back without anything
+            operations_s = 2 * inner * (line.seconds(size) + line.latency_s)
+        else:
+            operations_s = (inner + (inner > 1)) * line.seconds(size)
+        lots.append(Lot(series, size, (max(around_s, 0.0) + operations_s) * len(at), at, inner))
     return lots
+
+
+def _chosen(lots: list[Lot], budget_s: float) -> dict[Lot, int]:
+    """What fits the budget: first the messages, then, with what they leave, the collectives."""
+    messages = [lot for lot in lots if lot.series.kind == "send"]
+    chosen = affordable(messages, budget_s * _MESSAGES_FRACTION)
+    left_s = budget_s * (1 - _RESERVED_FRACTION) - spent_s(chosen)
+    return chosen | affordable([lot for lot in lots if lot not in messages], left_s)
 
 
 def _work_off(
@@ -191,7 +196,7 @@ def _work_off(
 
     while items := team.told(batch):
         session.run(items)
-        report(1 - len(left) / count, f"{items[-1].series.kind} {_sized(items[-1].bytes)}")
+        report(1 - len(left) / count, f"{items[-1].series.kind} {sized(items[-1].bytes)}")
 
 
 def _trimmed(
@@ -248,7 +253,3 @@ def _where_curves_bend(
         return kept
 
     return team.told(decide)
-
-
-def _sized(bytes: int) -> str:
-    return f"{bytes / 2**20:g} MiB" if bytes >= 2**20 else f"{bytes / 2**10:g} KiB"

@@ -6,7 +6,7 @@ import heapq
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import accumulate, takewhile
 
 from ..curves import CollectiveKind
 
@@ -66,7 +66,7 @@ def affordable(
     """
     kept = dict.fromkeys(sorted(lots, key=lambda lot: (lot.series, lot.bytes)), most)
     smallest = {lot.series: lot for lot in reversed(kept)}
-    total = sum(lot.seconds * repeats for lot, repeats in kept.items())
+    total = spent_s(kept)
     queue = [(-lot.seconds * repeats, place) for place, (lot, repeats) in enumerate(kept.items())]
     order = list(kept)
     heapq.heapify(queue)
@@ -83,6 +83,11 @@ def affordable(
             for larger in [x for x in kept if x.series == lot.series and x.bytes >= lot.bytes]:
                 total -= larger.seconds * kept.pop(larger)
     return kept
+
+
+def spent_s(repeats: Mapping[Lot, int]) -> float:
+    """Seconds of all lots with their repeats."""
+    return sum(lot.seconds * times for lot, times in repeats.items())
 
 
 def shuffled(repeats: Mapping[Lot, int], seed: int) -> list[Item]:
@@ -104,14 +109,8 @@ def next_batch(
     items: Sequence[Item], seconds: Mapping[tuple[Series, int], float], at_most_s: float
 ) -> list[Item]:
     """The first items, as many as take `at_most_s` seconds, one at least."""
-    spent = 0.0
-
-    def fits(item: Item) -> bool:
-        nonlocal spent
-        spent += seconds[item.series, item.bytes]
-        return spent <= at_most_s
-
-    return list(takewhile(fits, items)) or list(items[:1])
+    spent = accumulate(seconds[item.series, item.bytes] for item in items)
+    return list(items[: max(1, sum(1 for _ in takewhile(lambda s: s <= at_most_s, spent)))])
 
 
 def inner_count(seconds: float, target_s: float, most: int) -> int:

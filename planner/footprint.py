@@ -1,0 +1,215 @@
+"""Bytes of every pipeline rank: parameter state, activations in flight, buffers.
+
+What `plan` and `predict` compare with the memory of a device; the parts come from the cost model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import prod
+
+from ..costmodel.memory import (
+    StageBytes,
+    StateBytes,
+    flat_buffer_bytes,
+    gather_bytes,
+    stage_bytes,
+    state_bytes,
+)
+from ..costmodel.precision import Precision
+from ..costmodel.runtime import Runtime
+from ..costmodel.shards import local_shape
+from ..ir.mesh import Mesh
+from ..ir.optable import TABLE
+from ..ir.plan import Recompute, ScheduleName
+from ..ir.schedule_rows import schedule_placement, schedule_table
+from .candidates import Candidate
+from .inner import Inner
+from .request import Request
+
+Shapes = Mapping[tuple[int, int], int]
+"""Products' weights: (outputs, inputs) → elements."""
+
+
+@dataclass(slots=True)
+class Parameters:
+    """Elements that a rank computes with, by parameter name: of dense layers and of experts, which
+    have different copies to be kept equal."""
+
+    dense: dict[str, int] = field(default_factory=dict)
+    experts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def elements(self) -> int:
+        return sum(self.dense.values()) + sum(self.experts.values())
+
+    def sharded(self, candidate: Candidate) -> float:
+        """Elements whose optimizer state a rank has."""
+        if candidate.zero == 0:
+            return self.elements
+        dense, experts = sum(self.dense.values()), sum(self.experts.values())
+        return dense / candidate.shards + experts / candidate.expert_shards
+
+    def add(self, request: Request, inner: Inner, first: int, last: int) -> None:
+        """Adds those of segments first ... last-1; one used twice counts once."""
+        for segment in request.model.segments[first:last]:
+            graph = request.model.blocks[segment.block]
+            experts = inner.expert_parameters[segment.block]
+            sizes = inner.local_parameters[segment.block]
+            for name, own, size in zip(segment.parameters, graph.parameters, sizes, strict=True):
+                (self.experts if own in experts else self.dense)[name] = size
+
+
+def rank_bytes(
+    request: Request,
+    candidate: Candidate,
+    inner: Inner,
+    bounds: Sequence[int],
+    modes: Sequence[Sequence[Recompute]],
+) -> tuple[StageBytes, ...]:
+    """Peak memory of every pipeline rank, by kind.
+
+    `bounds` cut the segments into pp x vpp virtual stages in order of the model, `modes` are the
+    recompute modes of each one's segments.
+    """
+    model, device = request.model, request.cluster.device
+    shapes = {block: _product_shapes(request, candidate, inner, block) for block in model.blocks}
+    placement = schedule_placement(
+        candidate.schedule, candidate.pp, candidate.microbatches, candidate.vpp
+    )
+    found = []
+    for rank in range(candidate.pp):
+        parameters, calls, outputs = Parameters(), [], 0
+        used: set[str] = set()
+        for stage in (stage for stage, owner in enumerate(placement) if owner == rank):
+            first, last = bounds[stage], bounds[stage + 1]
+            segments = model.segments[first:last]
+            parameters.add(request, inner, first, last)
+            used |= {segment.block for segment in segments}
+            calls += [
+                inner.costs[s.block, mode].memory
+                for s, mode in zip(segments, modes[stage], strict=True)
+            ]
+            if calls and stage < len(placement) - 1:
+                outputs += calls[-1].output
+        buffers = _gathers(request, candidate, inner, used)
+        buffers += _flat_buffers(request, candidate, parameters)
+        if request.runtime.placeholder_gradients:
+            distinct = {shape: n for block in used for shape, n in shapes[block].items()}
+            buffers += sum(distinct.values()) * request.precision.compute_bytes
+        state = rank_state(
+            request.precision, candidate, sum(parameters.dense.values()), request.runtime
+        )
+        if parameters.experts:
+            state += _state(
+                request.precision, candidate, sum(parameters.experts.values()), request.runtime,
+                candidate.expert_shards,
+            )  # fmt: skip
+        found.append(
+            stage_bytes(
+                state, calls, in_flight(candidate, rank), buffers,
+                outputs=outputs if request.runtime.keeps_outputs and candidate.pp > 1 else 0,
+                reserve=device.reserve_bytes + request.runtime.reserve_bytes,
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def rank_state(
+    precision: Precision, candidate: Candidate, parameters: int, runtime: Runtime | None = None
+) -> StateBytes:
+    """Weights, gradients and optimizer state of so many parameters of dense layers."""
+    return _state(precision, candidate, parameters, runtime, candidate.shards)
+
+
+def _state(
+    precision: Precision,
+    candidate: Candidate,
+    parameters: int,
+    runtime: Runtime | None,
+    shards: int,
+) -> StateBytes:
+    gradient_bytes = None if runtime is None else _accumulated_bytes(precision, candidate, runtime)
+    return state_bytes(parameters, precision, candidate.zero, shards, gradient_bytes=gradient_bytes)
+
+
+def _accumulated_bytes(precision: Precision, candidate: Candidate, runtime: Runtime) -> int:
+    """Bytes of an accumulated gradient. Products that add to it themselves do so in float32
+    (Megatron-LM's wgrad_gemm_accum_fp32), and FSDP's shards have the dtype of its float32
+    parameters, whatever gradients are reduced in."""
+    if runtime.gradient_bytes is None or runtime.fused_accumulation or candidate.zero == 3:
+        return precision.gradient_bytes
+    return runtime.gradient_bytes
+
+
+def _gathers(request: Request, candidate: Candidate, inner: Inner, blocks: set[str]) -> int:
+    largest = max((sum(inner.local_parameters[block]) for block in blocks), default=0)
+    return gather_bytes(
+        largest,
+        request.precision,
+        candidate.zero,
+        candidate.shards,
+        gradient_bytes=request.runtime.gradient_bytes,
+    )
+
+
+def _flat_buffers(request: Request, candidate: Candidate, parameters: Parameters) -> int:
+    if not request.runtime.flat_optimizer:
+        return 0
+    groups = (
+        (sum(parameters.dense.values()), candidate.shards),
+        (sum(parameters.experts.values()), candidate.expert_shards),
+    )
+    accumulated = _accumulated_bytes(request.precision, candidate, request.runtime)
+    return sum(
+        flat_buffer_bytes(elements, request.precision, accumulated, candidate.zero, shards)
+        for elements, shards in groups
+        if elements
+    )
+
+
+def _product_shapes(
+    request: Request, candidate: Candidate, inner: Inner, block: str
+) -> dict[tuple[int, int], int]:
+    """Weights of a block's products on one rank, by shape; products of the same input are one
+    (queries, keys and values; gate and up), and so are all experts."""
+    graph, types = request.model.blocks[block], inner.annotations[block]
+    mesh, kinds = Mesh(inner.axes), dict(zip(graph.parameters, types.parameters, strict=True))
+    joint: dict[str, list[tuple[int, int]]] = {}
+    for op in graph.ops:
+        if TABLE[op.kind].work != "contraction" or op.operands[1] not in kinds:
+            continue
+        weight = op.operands[1]
+        if weight in inner.expert_parameters[block]:
+            *_, outside, inside = graph.values[weight].shape({})
+            shape = (outside // candidate.etp, inside)
+        else:
+            outside, inside = local_shape(graph.values[weight], kinds[weight], mesh, {})
+            shape = (inside, outside) if op.kind == "linear_io" else (outside, inside)
+        joint.setdefault(op.operands[0], []).append(shape)
+    shapes = {(sum(out for out, _ in same), same[0][1]) for same in joint.values()}
+    return {shape: prod(shape) for shape in shapes}
+
+
+def in_flight(candidate: Candidate, rank: int) -> float:
+    """Microbatches whose activations a rank holds at once, of its whole share of the model."""
+    pp, m, v = candidate.pp, candidate.microbatches, candidate.vpp
+    if candidate.schedule == "gpipe":
+        return m
+    if candidate.schedule in ("zb-h1", "zb-v"):
+        return _held(candidate.schedule, pp, min(m, 4 * pp), v, rank)
+    if v == 1:
+        return min(m, pp - rank)
+    # interleaved: 2·(pp - rank - 1) + (v - 1)·pp + 1 virtual stages (arXiv:2205.05198, appendix A)
+    return min(m * v, 2 * (pp - rank - 1) + (v - 1) * pp + 1) / v
+
+
+@lru_cache(maxsize=4096)
+def _held(schedule: ScheduleName, pp: int, microbatches: int, vpp: int, rank: int) -> float:
+    """The same read off the schedule; more microbatches than a few rounds change nothing. What
+    only waits for gradients of weights counts whole."""
+    whole, half = schedule_table(schedule, pp, microbatches, vpp).held(rank)
+    held = whole + half
+    return float(held.sum(axis=1).max()) / held.shape[1]
