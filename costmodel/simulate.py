@@ -221,8 +221,9 @@ def _gradients_end(table: ScheduleTable, sync: DataParallel, start: Array, end: 
         if not sync.overlapped:
             result[rank] = compute_end + sum(sync.gradients_s[stage] for stage in stages)
             continue
-        is_last = np.isin(table.kind[here], (B, W))
-        last = {int(table.stage[here.start + i]): i for i in np.flatnonzero(is_last)}
+        kinds = table.kind[here]
+        (done_at,) = np.nonzero((kinds == B) | (kinds == W))
+        last = dict(zip(table.stage[here][done_at].tolist(), done_at.tolist(), strict=True))
         free, hidden = gathers, _overlap(starts, ends, 0.0, gathers)
         for stage, i in sorted(last.items(), key=lambda item: item[1]):
             seconds = sync.gradients_s[stage]

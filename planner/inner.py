@@ -119,7 +119,10 @@ def solve_inner(
     """
     axes = tuple(axis for axis in mesh.axes if axis.parent == "tp")
     runs = runtime or Runtime.preset("torch")
-    plain = ModelCosts(decided_on or cluster, mesh, axes, binding, precision, model.blocks, runs)
+    # Idle time around collectives is the same for every layout of a kind of block but for how many
+    # there are; that should not outweigh the memory a split saves, so the programs do not see it.
+    seen = runs.model_copy(update={"collective_gap_s": 0.0})
+    plain = ModelCosts(decided_on or cluster, mesh, axes, binding, precision, model.blocks, seen)
     divisible = {**binding, "b": 1}  # sequences are split by the data-parallel axis alone
     fastest = solve(chain, axes, divisible, plain, solver)
     chosen = fastest
@@ -132,10 +135,9 @@ def solve_inner(
         if seconds <= fastest.objective * (1 + MEMORY_PREFERENCE):
             chosen = thrifty
     method = chosen.method if chosen.method == fastest.method else "mip"
-    if decided_on is None:
-        return inner_of(chain, chosen.annotations, plain, modes, fastest.objective, method)
-    priced = replace(plain, cluster=cluster)
-    return inner_of(chain, chosen.annotations, priced, modes, method=method)
+    priced = replace(plain, cluster=cluster, runtime=runs)
+    bound = fastest.objective if decided_on is None else None
+    return inner_of(chain, chosen.annotations, priced, modes, bound, method)
 
 
 def inner_of(

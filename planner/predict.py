@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -22,10 +23,25 @@ from .inner import Inner, inner_of, splits_anything, sub_axes
 from .report import prediction_text, stored
 from .request import Request, bounds_of, pinned_types, repeated
 from .sbp_program import Chain, Typing, solve
-from .step import price_step
+from .step import placement_of, price_step
 
 Typings = dict[tuple[int, bool | None, int], Typing]
 """Solved types by (tp, sequence split, sub-axes): they depend on the model, not on its sizes."""
+
+_KEPT = 4
+_known: OrderedDict[int, tuple[Model, Typings]] = OrderedDict()
+
+
+def typings_of(model: Model) -> Typings:
+    """The types solved so far for a model; kept for the last few models, so that only the first
+    prediction of a degree solves its program."""
+    model_, typings = _known.pop(id(model), (model, {}))
+    if model_ is not model:
+        typings = {}
+    _known[id(model)] = (model, typings)
+    while len(_known) > _KEPT:
+        _known.popitem(last=False)
+    return typings
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +112,16 @@ class Prediction:
         return found
 
 
-def predict(request: Request, typings: Typings | None = None) -> Prediction:
+def predict(request: Request) -> Prediction:
     """Prices the configuration that `request.fix` describes; what it leaves open is 1 or the
     default.
 
-    `typings` may be kept between calls with the same model. Raises InvalidInput for degrees that
-    do not multiply to the devices or do not divide the model or the batch.
+    Raises InvalidInput for degrees that do not multiply to the devices or do not divide the model
+    or the batch.
     """
     candidate = candidate_of(request)
     request.check()
-    inner = _inner(request, candidate, {} if typings is None else typings)
+    inner = _inner(request, candidate, typings_of(request.model))
     bounds = _bounds(request, candidate)
     layers = repeated(request.model)
     mode = _mode(request.fix)
@@ -117,7 +133,9 @@ def predict(request: Request, typings: Typings | None = None) -> Prediction:
     work, cluster = request.workload, request.cluster
     seconds = price.seconds
     peak = cluster.device.peak(request.precision.compute_dtype)
-    per_stage = tuple(sum(layers.per_stage(bounds)[r :: candidate.pp]) for r in range(candidate.pp))
+    counts, per_rank = layers.per_stage(bounds), [0] * candidate.pp
+    for rank, count in zip(placement_of(candidate), counts, strict=True):
+        per_rank[rank] += count
     return Prediction(
         Strategy(
             pp=candidate.pp,
@@ -127,7 +145,7 @@ def predict(request: Request, typings: Typings | None = None) -> Prediction:
             micro_batch=candidate.micro_batch,
             recompute=mode,
             schedule=candidate.schedule,
-            layers=per_stage,
+            layers=tuple(per_rank),
             vpp=candidate.vpp,
             cp=candidate.cp,
             ep=candidate.ep,

@@ -130,7 +130,8 @@ class Layers:
 
     def per_stage(self, bounds: Sequence[int]) -> tuple[int, ...]:
         """Layers in each of the stages that `bounds` (segment indices) cut."""
-        return tuple(sum(i in self for i in range(*stage)) for stage in pairwise(bounds))
+        inside = [min(max(bound - self.first, 0), self.count) for bound in bounds]
+        return tuple(last - first for first, last in pairwise(inside))
 
 
 def repeated(model: Model) -> Layers:

@@ -145,12 +145,17 @@ def _sync(request: Request, candidate: Candidate, parameters: Parameters) -> Syn
     return SyncSeconds(*(sum(getattr(one, f.name) for one in found) for f in fields(SyncSeconds)))
 
 
+def placement_of(candidate: Candidate) -> tuple[int, ...]:
+    """The pipeline rank of every virtual stage."""
+    return schedule_placement(
+        candidate.schedule, candidate.pp, candidate.microbatches, candidate.vpp
+    )
+
+
 def _ranks(candidate: Candidate, stages: Sequence[StageWork]) -> list[list[StageWork]]:
     """The virtual stages of every pipeline rank."""
     ranks: list[list[StageWork]] = [[] for _ in range(candidate.pp)]
-    placement = schedule_placement(
-        candidate.schedule, candidate.pp, candidate.microbatches, candidate.vpp
-    )
+    placement = placement_of(candidate)
     for rank, stage in zip(placement, stages, strict=True):
         ranks[rank].append(stage)
     return ranks
@@ -183,9 +188,9 @@ def _simulated(
     sent = float(timeline.exposed_transfer_s[slowest])
     last = max(optimizer)
     return {
-        "pipeline_bubble": timeline.pipeline_s - busy - sharded - sent,
+        "pipeline_bubble": max(0.0, timeline.pipeline_s - busy - sharded - sent),
         "pipeline_p2p": sent,
-        "data_parallel": timeline.step_s - timeline.pipeline_s - last + sharded,
+        "data_parallel": max(0.0, timeline.step_s - timeline.pipeline_s - last + sharded),
         "optimizer": last,
     }
 
@@ -258,7 +263,9 @@ def _seconds(request: Request, stage: StageWork) -> tuple[float, float]:
 def _transfers(
     request: Request, candidate: Candidate, stages: Sequence[StageWork]
 ) -> tuple[float, ...]:
-    return tuple(transfer_seconds(request, candidate, stage.carried_bytes) for stage in stages[:-1])
+    sizes = [stage.carried_bytes for stage in stages[:-1]]
+    seconds = {size: transfer_seconds(request, candidate, size) for size in set(sizes)}
+    return tuple(seconds[size] for size in sizes)
 
 
 def transfer_seconds(request: Request, candidate: Candidate, carried_bytes: float) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from shardwright.ir.from_dims import TransformerDims, transformer
 from shardwright.ir.graph import Model
 from shardwright.planner.fix import Fix
-from shardwright.planner.predict import Typings, predict
+from shardwright.planner.predict import predict
 from shardwright.planner.request import Request
 
 from .setup import Recompute, Setup
@@ -42,18 +42,18 @@ def least_that_fits(setup: Setup, predict: Predict) -> Estimate:
 
 
 class Shardwright:
-    """Shardwright's `predict`; models and their solved types are kept between rows."""
+    """Shardwright's `predict`; models are kept between rows."""
 
     def __init__(self) -> None:
-        self._models: dict[TransformerDims, tuple[Model, Typings]] = {}
+        self._models: dict[TransformerDims, Model] = {}
 
     def __call__(self, setup: Setup, recompute: Recompute) -> Estimate:
         if setup.dims not in self._models:
-            self._models[setup.dims] = (transformer(setup.dims), {})
-        model, typings = self._models[setup.dims]
+            self._models[setup.dims] = transformer(setup.dims)
+        model = self._models[setup.dims]
         fix = Fix.parse({**setup.fix, "recompute": recompute})
         request = Request(model, setup.cluster, setup.workload, fix, setup.runtime)
-        found = predict(request, typings)
+        found = predict(request)
         device = setup.cluster.device
         most = max(found.memory_bytes)
         return Estimate(

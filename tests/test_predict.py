@@ -1,0 +1,162 @@
+"""predict: the engine of plan on a given configuration."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import shardwright as sw
+from shardwright.ir import InvalidInput
+from shardwright.ir.from_dims import Experts, TransformerDims, transformer
+from shardwright.ir.graph import Model
+
+WORK = sw.Workload(global_batch=64, seq_len=2048)
+NODES = "a100-80g:2"
+
+
+def llama(layers: int = 8, **changes: object) -> Model:
+    sizes: dict[str, object] = {
+        "layers": layers, "hidden": 2048, "heads": 16, "kv_heads": 8, "ffn": 5632, "vocab": 32000,
+    }  # fmt: skip
+    return transformer(TransformerDims(**(sizes | changes)))  # type: ignore[arg-type]
+
+
+LLAMA = llama()
+MIXTURE = llama(experts=Experts(count=8, top_k=2, ffn=2816))
+
+
+def test_a_planned_configuration_predicted_again_is_the_plan() -> None:
+    """What plan says of its choice, predict says of it too, where the layout is the same."""
+    plan = sw.plan(LLAMA, NODES, WORK, fix={"tp": 1, "recompute": "none"})
+    strategy = plan.strategy
+    fix = {
+        "pp": strategy.pp, "dp": strategy.dp, "zero": strategy.zero, "recompute": "none",
+        "micro_batch": strategy.micro_batch, "stages": list(strategy.layers),
+    }  # fmt: skip
+    again = sw.predict(LLAMA, NODES, WORK, fix)
+    assert again.step_seconds == pytest.approx(plan.predicted.step_seconds, rel=1e-9)
+    assert again.memory_bytes == plan.predicted.memory_bytes
+
+
+@st.composite
+def fixes(draw: st.DrawFn) -> dict[str, object]:
+    """Configurations on 16 devices, most of the space that predict covers."""
+    tp = draw(st.sampled_from([1, 2, 4, 8]))
+    pp = draw(st.sampled_from([p for p in (1, 2, 4) if 16 % (p * tp) == 0]))
+    cp = draw(st.sampled_from([c for c in (1, 2) if 16 % (pp * tp * c) == 0]))
+    vpp = draw(st.sampled_from([1, 2] if pp > 1 else [1]))
+    fix: dict[str, object] = {
+        "tp": tp, "pp": pp, "cp": cp, "vpp": vpp,
+        "sp": draw(st.integers(0, 1)) if tp > 1 else 0,
+        "zero": draw(st.integers(0, 3)),
+        "recompute": draw(st.sampled_from(["none", "selective", "full"])),
+    }  # fmt: skip
+    if vpp == 1 and pp > 1:
+        fix["schedule"] = draw(st.sampled_from(["1f1b", "gpipe", "zb-h1"]))
+    return fix
+
+
+@settings(max_examples=25, deadline=None)
+@given(fixes(), st.sampled_from(sw.Runtime.preset_names()), st.sampled_from([LLAMA, MIXTURE]))
+def test_parts_add_up_and_nothing_beats_the_peak(
+    fix: dict[str, object], runtime: str, model: Model
+) -> None:
+    found = sw.predict(model, NODES, WORK, fix, runtime=runtime)
+    assert sum(found.time.values()) == pytest.approx(found.step_seconds)
+    assert all(seconds >= 0 for seconds in found.time.values())
+    assert 0 < found.mfu <= 1
+    assert 0 < found.hfu <= 1
+    assert found.tokens_per_second == pytest.approx(64 * 2048 / found.step_seconds)
+    assert len(found.memory) == fix["pp"]
+    assert all(value >= 0 for stage in found.memory for value in stage.to_json().values())
+    assert sum(found.strategy.layers) == 8
+
+
+def test_recomputing_costs_time_and_frees_memory() -> None:
+    by_mode = {
+        mode: sw.predict(LLAMA, NODES, WORK, {"tp": 4, "recompute": mode, "micro_batch": 4})
+        for mode in ("none", "selective", "full")
+    }
+    times = [by_mode[mode].step_seconds for mode in ("none", "selective", "full")]
+    memory = [max(by_mode[mode].memory_bytes) for mode in ("none", "selective", "full")]
+    assert times == sorted(times)
+    assert memory == sorted(memory, reverse=True)
+    assert by_mode["none"].mfu / by_mode["none"].hfu > by_mode["full"].mfu / by_mode["full"].hfu
+
+
+def test_zero_over_a_node_gathers_over_its_fast_links() -> None:
+    """What hierarchical ZeRO is for: the parameters of a step come from neighbours."""
+    runtime = sw.Runtime.preset("internevo")
+    wide = sw.predict(LLAMA, "a100-80g:8", WORK, {"zero": 1}, runtime=runtime)
+    near = sw.predict(LLAMA, "a100-80g:8", WORK, {"zero": 1, "zero_group": 8}, runtime=runtime)
+    assert near.time["data_parallel"] < wide.time["data_parallel"]
+    assert max(near.memory_bytes) > max(wide.memory_bytes)
+
+
+def test_interleaving_shrinks_the_bubble() -> None:
+    plain = sw.predict(LLAMA, NODES, WORK, {"pp": 4, "dp": 4, "micro_batch": 2})
+    turns = sw.predict(LLAMA, NODES, WORK, {"pp": 4, "dp": 4, "micro_batch": 2, "vpp": 2})
+    assert turns.strategy.schedule == "interleaved"
+    assert turns.time["pipeline_bubble"] < 0.75 * plain.time["pipeline_bubble"]
+
+
+def test_experts_are_exchanged_and_shared_out() -> None:
+    alone = sw.predict(MIXTURE, NODES, WORK, {})
+    spread = sw.predict(MIXTURE, NODES, WORK, {"ep": 8})
+    assert alone.time.get("expert_parallel", 0.0) == 0
+    assert spread.time["expert_parallel"] > 0
+    assert spread.memory[0].weights < alone.memory[0].weights
+    assert spread.time["matmul"] == pytest.approx(alone.time["matmul"], rel=0.3)
+
+
+def test_the_json_has_the_fields_that_scripts_rely_on() -> None:
+    found = json.loads(json.dumps(sw.predict(LLAMA, NODES, WORK, {"tp": 2, "pp": 2}).to_json()))
+    keys = {"pp", "vpp", "dp", "cp", "tp", "ep", "zero", "micro_batch", "schedule", "recompute"}
+    assert keys <= found["strategy"].keys()
+    assert {"step_seconds", "tokens_per_second", "mfu", "memory_bytes", "memory_limit_bytes"} <= (
+        found["predicted"].keys()
+    )
+    assert found["strategy"]["dp"] == 4
+    weight = found["parameters"]["model.layers.7.mlp.down_proj.weight"]
+    assert weight["stages"] == [1]
+    assert weight["sbp"]["tp"] == "S(1)"
+
+
+def test_a_measured_device_decides_instead_of_its_class() -> None:
+    device = sw.Device.preset("a100-80g")
+    curve = {"kind": "matmul", "dtype": "bfloat16", "work": [1e9], "rate_per_s": [100e12]}
+    slow = sw.Device.model_validate(device.model_dump() | {"curves": [curve]})
+    cluster = sw.Cluster.parse(NODES)
+    before = sw.predict(LLAMA, cluster, WORK, {}).time["matmul"]
+    after = sw.predict(LLAMA, cluster.with_device(slow), WORK, {}).time["matmul"]
+    assert after > 1.5 * before
+
+
+@pytest.mark.parametrize(
+    ("fix", "message"),
+    [
+        ({"tp": 3}, "tp = 1*1*3 does not divide the cluster's 16 devices"),
+        ({"dp": 3}, "= 3, expected the cluster's 16 devices"),
+        ({"micro_batch": 7}, "micro_batch = 16*7 does not divide global_batch 64"),
+        ({"pp": 16, "vpp": 2, "micro_batch": 1}, "stages, but the model has 8 layers"),
+        ({"pp": 2, "stages": "4-5"}, "adds up to 9 layers, the model has 8"),
+        ({"zero_group": 3}, "zero_group=3 does not divide dp*cp = 16"),
+        ({"ep": 2}, "the model has no experts"),
+        ({"zero": 4}, "zero=4, expected 0, 1, 2 or 3"),
+        ({"degree": 4}, "unknown key 'degree'"),
+    ],
+)
+def test_a_fix_that_does_not_fit_is_one_line(fix: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        sw.predict(LLAMA, NODES, WORK, fix)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_degree_that_splits_nothing_is_refused() -> None:
+    odd = llama(vocab=32003, ffn=5504)
+    with pytest.raises(InvalidInput, match="tp=11: no operation of the model can be split"):
+        sw.predict(odd, "a100-80g:1x11", sw.Workload(11, 2047), {"tp": 11})
