@@ -257,7 +257,8 @@ class _Liveness:
                 self.lives[self.root[name]].bytes = 0  # type: ignore[index]
             if storage is not None:
                 self.logits.add(storage)
-                self.lives[storage].grad = how == "logits"
+                # a gradient of their size beside them, or in their place once this op is done
+                self.lives[storage].last = i if how == "logits" else i - 1
             return storage
         own = self.precision.element_bytes(self.graph.values[name].dtype)
         wide = max(_FLOAT32_BYTES, own)

@@ -101,11 +101,11 @@ def flat_buffer_bytes(
 
     With gradients accumulated wider than they are made (`accumulated_bytes`, BF16_Optimizer): those
     of the microbatch, all at once, and the list that all-gather collects updated weights in. Else
-    (FP16, stages 1 and 2): of the rank's shard a flat copy of the gradients and one in float32, and
+    (FP16, from stage 1 on): of the rank's shard a flat copy of the gradients and one in float32, and
     a bucket; without ZeRO float32 copies of all gradients and their concatenation.
     """
     compute = precision.compute_bytes
-    if accumulated_bytes > compute:
+    if accumulated_bytes > compute and zero_stage < 2:
         return parameters * (compute + (compute if shards > 1 else 0))
     if zero_stage == 0:
         return parameters * 2 * precision.gradient_bytes

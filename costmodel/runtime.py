@@ -13,11 +13,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from . import yaml_files
+from .overlap import OverlapMode
 
 AttentionKernel = Literal["flash", "flash1", "unfused"]
 """`flash`: scores stay on the chip, at the rate of FlashAttention-2 and later. `flash1`: the first
-version (arXiv:2205.14135), half as fast (arXiv:2307.08691, section 4.1). `unfused`: product, softmax, product, with
-scores and probabilities in memory and no saving from a causal mask (Megatron-LM until 2023)."""
+version (arXiv:2205.14135), half as fast (arXiv:2307.08691, section 4.1). `unfused`: product,
+softmax, product, with scores and probabilities in memory and no saving from a causal mask
+(Megatron-LM until 2023)."""
 
 Selective = Literal["contractions", "alternate-contractions", "core-attention"]
 """What selective recomputation keeps: all contractions and attention (torch's policy), attention
@@ -45,10 +47,12 @@ class Runtime(BaseModel):
     `gradient_bytes`: bytes of a gradient as it is accumulated and reduced (None: the precision's).
     `overlap_gradients`, `overlap_gathers`: data-parallel reductions hide behind the last backward
     pass, gathers of parameters behind the next forward pass. `fused_accumulation`: products add to
-    the gradients of microbatches before, which costs no pass of its own. `transfer_blocks`: a pipeline stage
-    waits for its sends. `transfer_split`: an activation that all tensor ranks hold whole is sent in
+    the gradients of microbatches before, which costs no pass of its own. `transfer_blocks`: a
+    pipeline stage waits for its sends. `transfer_split`: an activation that all tensor ranks hold whole is sent in
     `tp` pieces and gathered again (Megatron-LM's scatter/gather, arXiv:2104.04473, section 4.1).
-    `tensor_overlap`: how much of tensor-parallel communication hides behind products, 0 to 1.
+    `tensor_overlap`: how tensor-parallel communication hides behind products, in `overlap_chunks`
+    where it is cut (`overlap.tensor_exposed_seconds`). `outer_every`: replicas are averaged only
+    every so many steps (`overlap.outer_exposed_seconds`), which trains differently.
     `dropout_mask_bytes`: kept per dropped element (none where the mask is drawn again).
     `cross_entropy`: what a loss keeps. `gathers_again`: of an activation that is gathered for a
     product only the rank's own part is kept. `early_gates`: gates of experts are applied before
@@ -80,7 +84,9 @@ class Runtime(BaseModel):
     fused_accumulation: bool = False
     transfer_blocks: bool = False
     transfer_split: bool = False
-    tensor_overlap: float = Field(default=0.0, ge=0, le=1)
+    tensor_overlap: OverlapMode = "none"
+    overlap_chunks: int = Field(default=4, ge=1)
+    outer_every: int = Field(default=1, ge=1)
     dropout_mask_bytes: int = Field(default=0, ge=0)
     cross_entropy: CrossEntropy = "log-probabilities"
     gathers_again: bool = False

@@ -9,6 +9,7 @@ from typing import Literal
 from .compute import kernel_seconds
 from .device import Device
 from .kernels import Kernel
+from .overlap import tensor_exposed_seconds
 from .runtime import Runtime
 
 Cause = Literal[
@@ -38,11 +39,13 @@ _RUNNING_AHEAD = 3
 
 @dataclass(slots=True)
 class Work:
-    """Seconds of the device by cause, calls that the host makes for it, and FLOPs executed."""
+    """Seconds of the device by cause, calls that the host makes for it, FLOPs executed, and the
+    number of tensor-parallel collectives."""
 
     seconds: dict[Cause, float] = field(default_factory=dict)
     calls: float = 0.0
     flops: float = 0.0
+    collectives: float = 0.0
 
     @property
     def total_s(self) -> float:
@@ -55,6 +58,7 @@ class Work:
             self.seconds[cause] = self.seconds.get(cause, 0.0) + times * seconds
         self.calls += times * other.calls
         self.flops += times * other.flops
+        self.collectives += times * other.collectives
 
     @staticmethod
     def of(device: Device, kernels: Iterable[Kernel], attention: bool = False) -> Work:
@@ -73,7 +77,27 @@ class Work:
         """The work of one collective's call that takes `seconds`; nothing where it takes none."""
         if seconds <= 0:
             return Work()
-        return Work({cause: seconds + runtime.collective_gap_s}, runtime.calls_per_collective)
+        tensor = float(cause == "tensor_parallel")
+        total = seconds + runtime.collective_gap_s
+        return Work({cause: total}, runtime.calls_per_collective, 0.0, tensor)
+
+    def with_overlap(self, runtime: Runtime) -> Work:
+        """The same pass with tensor-parallel collectives hidden as the runtime does it.
+
+        Products and collectives are taken as equal pieces, one of each beside the other.
+        """
+        pieces = round(self.collectives)
+        if runtime.tensor_overlap == "none" or not pieces:
+            return self
+        exposed = tensor_exposed_seconds(
+            runtime.tensor_overlap,
+            [self.seconds.get("matmul", 0.0) / pieces] * pieces,
+            [self.seconds["tensor_parallel"] / pieces] * pieces,
+            runtime.overlap_chunks,
+            runtime.collective_gap_s,
+        )
+        seconds = {**self.seconds, "tensor_parallel": exposed}
+        return Work(seconds, self.calls, self.flops, self.collectives)
 
     def with_host(self, runtime: Runtime, host_s_per_call: float | None = None) -> Work:
         """The same work as it takes when a host has to launch it.
@@ -89,4 +113,5 @@ class Work:
         else:
             excess = (device**_RUNNING_AHEAD + host**_RUNNING_AHEAD) ** (1 / _RUNNING_AHEAD)
             excess -= device
-        return Work({**self.seconds, "overhead": excess}, self.calls, self.flops)
+        seconds = {**self.seconds, "overhead": excess}
+        return Work(seconds, self.calls, self.flops, self.collectives)

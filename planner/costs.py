@@ -222,8 +222,7 @@ class ModelCosts:
         seconds = self._collective(kind, axis, full_bytes)
         if not seconds:
             return _NOTHING
-        exposed = seconds * (1 - self.runtime.tensor_overlap)
-        return Work.communication("tensor_parallel", exposed, self.runtime)
+        return Work.communication("tensor_parallel", seconds, self.runtime)
 
     def _full_elements(self, value: Value, state: NdType, step: Step) -> int:
         """Elements of the value within the step's group: what the other axes leave of it."""

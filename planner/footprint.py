@@ -139,7 +139,8 @@ def _accumulated_bytes(precision: Precision, candidate: Candidate, runtime: Runt
     """Bytes of an accumulated gradient. Products that add to it themselves do so in float32
     (Megatron-LM's wgrad_gemm_accum_fp32), and FSDP's shards have the dtype of its float32
     parameters, whatever gradients are reduced in."""
-    if runtime.gradient_bytes is None or runtime.fused_accumulation or candidate.zero == 3:
+    sharded = candidate.zero == 3 and not runtime.flat_optimizer
+    if runtime.gradient_bytes is None or runtime.fused_accumulation or sharded:
         return precision.gradient_bytes
     return runtime.gradient_bytes
 

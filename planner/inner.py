@@ -199,8 +199,8 @@ def price_blocks(
                 costs.runtime,
             )  # fmt: skip
             found[block, mode] = BlockCost(
-                passes.forward.with_host(costs.runtime, measured),
-                passes.backward.with_host(costs.runtime, measured),
+                passes.forward.with_overlap(costs.runtime).with_host(costs.runtime, measured),
+                passes.backward.with_overlap(costs.runtime).with_host(costs.runtime, measured),
                 passes.weights_s,
                 memory,
             )

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from ..costmodel.collectives import Group, collective_seconds
 from ..costmodel.memory import StageBytes
-from ..costmodel.overlap import exposed_seconds
+from ..costmodel.overlap import exposed_seconds, outer_exposed_seconds
 from ..costmodel.pipeline import schedule_estimate_seconds
 from ..costmodel.simulate import DataParallel, StageTimes, StepOptions, Transfer, simulate
 from ..costmodel.steptime import (
@@ -170,9 +170,10 @@ def _simulated(
     """What a step takes beyond the work of its busiest rank, from its timeline."""
     runtime, m = request.runtime, candidate.microbatches
     table = schedule_table(candidate.schedule, candidate.pp, m, candidate.vpp)
+    each_step = runtime.outer_every == 1
     sync = DataParallel(
-        tuple(stage.sync.reduce_per_step_s for stage in stages),
-        tuple(stage.sync.gather_per_step_s for stage in stages),
+        tuple(each_step * stage.sync.reduce_per_step_s for stage in stages),
+        tuple(each_step * stage.sync.gather_per_step_s for stage in stages),
         buckets=max(1, repeated(request.model).count // len(stages)),
         overlapped=runtime.overlap_gradients,
         at_start=runtime.overlap_gathers,
@@ -187,10 +188,16 @@ def _simulated(
     sharded = float(timeline.busy_s[slowest]) - busy  # per microbatch, inside the stages
     sent = float(timeline.exposed_transfer_s[slowest])
     last = max(optimizer)
+    outer = 0.0
+    if not each_step:
+        once = max(sum(stage.sync.per_step_s for stage in rank) for rank in ranks)
+        outer = outer_exposed_seconds(
+            once, timeline.pipeline_s, runtime.outer_every, runtime.overlap_gradients
+        )
     return {
         "pipeline_bubble": max(0.0, timeline.pipeline_s - busy - sharded - sent),
         "pipeline_p2p": sent,
-        "data_parallel": max(0.0, timeline.step_s - timeline.pipeline_s - last + sharded),
+        "data_parallel": max(0.0, timeline.step_s - timeline.pipeline_s - last + sharded) + outer,
         "optimizer": last,
     }
 

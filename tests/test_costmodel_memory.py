@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from shardwright.costmodel import (
     BlockBytes,
     Precision,
+    Runtime,
     block_bytes,
     gather_bytes,
     in_flight_microbatches,
@@ -34,11 +35,12 @@ from shardwright.costmodel import (
     stage_bytes,
     state_bytes,
 )
+from shardwright.costmodel.memory import flat_buffer_bytes
 from shardwright.ir import P, R, S
 from shardwright.ir.errors import InvalidInput
 from shardwright.ir.graph import Graph
 from shardwright.ir.mesh import Mesh
-from shardwright.ir.plan import Annotation, OpTypes, data_parallel_types
+from shardwright.ir.plan import Annotation, OpTypes, Recompute, data_parallel_types
 from shardwright.ir.refine import RawOp
 
 # activations --------------------------------------------------------------------------------------
@@ -102,7 +104,7 @@ def test_recomputation_trades_what_is_kept_for_workspace() -> None:
     assert none.workspace < full.workspace
 
 
-def test_a_converted_operand_is_a_copy_of_its_own() -> None:
+def split_mlp() -> tuple[Graph, Annotation, Mesh, int]:
     """Sequence-split norm, gathered once for two column-parallel layers, partial result reduced."""
     b = Block()
     x = ("b", "s", HIDDEN)
@@ -133,8 +135,11 @@ def test_a_converted_operand_is_a_copy_of_its_own() -> None:
         },
         outputs=(seq,),
     )
-    tp = 4
-    mesh = Mesh.of(tp=tp)
+    return graph, types, Mesh.of(tp=4), 4
+
+
+def test_a_converted_operand_is_a_copy_of_its_own() -> None:
+    graph, types, mesh, tp = split_mlp()
     per_token = HIDDEN / tp + HIDDEN + 3 * FFN / tp  # x split, gathered n, gate, up, mlp
     statistics = 4 * TOKENS // tp
     none = block_bytes(graph, types, mesh, BINDING, BF16)
@@ -187,7 +192,7 @@ def test_a_chain_by_hand() -> None:
     # Forward at relu: x, a, r. Backward of the second layer: x, r, dy, dr.
     assert block.workspace == 2 * one
     full = block_bytes(graph, data_parallel_types(graph), ALONE, {"b": BATCH}, fp64, "full")
-    assert full == BlockBytes(kept=one, workspace=3 * one)
+    assert full == BlockBytes(kept=one, workspace=3 * one, output=one)
 
 
 # state and stages ---------------------------------------------------------------------------------
@@ -235,15 +240,18 @@ def test_the_first_stage_holds_most_microbatches() -> None:
 def test_a_stage_adds_up() -> None:
     state = state_bytes(100, BF16, 0, 1)
     blocks = [BlockBytes(1000, 50), BlockBytes(2000, 500)]
-    stage = stage_bytes(state, blocks, in_flight=3, gather=7)
+    stage = stage_bytes(state, blocks, in_flight=3, buffers=7, outputs=10, reserve=5)
     assert stage.to_json() == {
         "weights": 200,
         "gradients": 400,
         "optimizer": 1200,
-        "activations": 9000,
-        "workspace": 507,
+        "activations": 9030,
+        "logits": 0,
+        "workspace": 500,
+        "buffers": 7,
     }
-    assert stage.total == sum(stage.to_json().values())
+    assert stage.total == sum(stage.to_json().values())  # the reserve is beside it
+    assert stage.reserve == 5
 
 
 def test_bad_stages() -> None:
@@ -253,3 +261,163 @@ def test_bad_stages() -> None:
         state_bytes(1, BF16, 1, 0)
     with pytest.raises(InvalidInput, match="stage 4 of 4"):
         in_flight_microbatches(4, 4, 1)
+
+
+# frameworks ---------------------------------------------------------------------------------------
+
+RUNTIMES = [Runtime.preset(name) for name in Runtime.preset_names()]
+GRAPHS = {"layer": BLOCK, "head": head(True), "narrow head": head(False)}
+MODES = ("none", "selective", "full")
+
+
+@given(
+    st.sampled_from(RUNTIMES), st.sampled_from(sorted(GRAPHS)), st.sampled_from(MODES),
+    st.integers(1, 9), st.integers(1, 4), st.sampled_from(["bf16", "fp32", "fp64"]),
+)  # fmt: skip
+def test_more_sequences_never_take_less(
+    runtime: Runtime, name: str, mode: Recompute, batch: int, more: int, precision: str
+) -> None:
+    graph = GRAPHS[name]
+    types, kind = data_parallel_types(graph), Precision.preset(precision)
+    less, all_of = (
+        block_bytes(graph, types, ALONE, {"b": b, "s": SEQ}, kind, mode, runtime)
+        for b in (batch, batch + more)
+    )
+    assert 0 <= less.kept <= all_of.kept
+    assert less.workspace >= 0
+    assert less.kept + less.workspace <= all_of.kept + all_of.workspace
+    assert 0 <= less.logits <= less.kept
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES, ids=lambda runtime: runtime.name)
+def test_recomputing_more_keeps_less(runtime: Runtime) -> None:
+    none, selective, full = (
+        block_bytes(BLOCK, WHOLE, ALONE, BINDING, BF16, mode, runtime).kept for mode in MODES
+    )
+    assert full < selective <= none
+
+
+def with_fields(**changes: object) -> Runtime:
+    return Runtime.preset("torch", **changes)
+
+
+def test_a_fused_chain_keeps_what_goes_into_it() -> None:
+    """SwiGLU in one kernel: gate and up are kept, the activated gate is made again."""
+    fused = block_bytes(
+        BLOCK, WHOLE, ALONE, BINDING, BF16, "none", with_fields(fused_pointwise=True)
+    )
+    assert kept("none") - fused.kept == 2 * TOKENS * FFN
+
+
+def test_a_gathered_operand_is_gathered_again() -> None:
+    graph, types, mesh, tp = split_mlp()
+    plain, again = (
+        block_bytes(graph, types, mesh, BINDING, BF16, "none", with_fields(gathers_again=flag))
+        for flag in (False, True)
+    )
+    whole = 2 * TOKENS * HIDDEN
+    assert plain.kept - again.kept == whole - whole // tp
+    assert again.kept + again.workspace >= again.kept + whole
+
+
+def test_alternate_contractions() -> None:
+    """q, v, gate and down of seven products, from the first every second; and the attention."""
+    found = block_bytes(
+        BLOCK, WHOLE, ALONE, BINDING, BF16, "selective",
+        with_fields(selective="alternate-contractions"),
+    )  # fmt: skip
+    per_token = HIDDEN + (Q + KV) + Q + FFN + HIDDEN
+    assert found.kept == 2 * TOKENS * per_token + 4 * TOKENS * HEADS
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_what_losses_keep_of_logits(cast: bool) -> None:
+    """1,000 words: float32 where probabilities are kept, else 2 bytes; and what comes on top."""
+    graph = head(cast)
+    types = data_parallel_types(graph)
+    found = {
+        how: block_bytes(graph, types, ALONE, BINDING, BF16, "none", with_fields(cross_entropy=how))
+        for how in ("log-probabilities", "probabilities", "logits", "in-place")
+    }
+    logits = TOKENS * 1000
+    assert {how: block.logits // logits for how, block in found.items()} == {
+        "log-probabilities": 4, "probabilities": 4, "logits": 2, "in-place": 2,
+    }  # fmt: skip
+    rest = {block.kept - block.logits for block in found.values()}
+    assert rest == {2 * TOKENS * HIDDEN + 4 * TOKENS}
+    peaks = [block.kept + block.workspace for block in found.values()]
+    assert peaks == sorted(peaks, reverse=True)
+    assert found["in-place"].workspace < 2 * logits <= found["logits"].workspace
+
+
+def test_gradients_of_parameters_before_they_are_added() -> None:
+    b = Block()
+    b.value("ids", "b", "s", dtype="int64", grad=False, role="input")
+    b.weight("table", 500_000, HIDDEN)
+    b.op("embedding", "table ids", "x", "b", "s", HIDDEN)
+    b.weight("w", HIDDEN, HIDDEN)
+    b.op("linear", "x w", "y", "b", "s", HIDDEN)
+    graph = b.graph("ids", "y")
+
+    def workspace(**fields: object) -> int:
+        types = data_parallel_types(graph)
+        return block_bytes(
+            graph, types, ALONE, BINDING, BF16, "none", with_fields(**fields)
+        ).workspace
+
+    table, activation = 2 * 500_000 * HIDDEN, 2 * TOKENS * HIDDEN
+    assert table <= workspace(transient_gradients=True) <= table + 2 * activation
+    fused = workspace(transient_gradients=True, fused_accumulation=True)
+    assert fused == workspace(transient_gradients=True)  # of lookups, always
+    assert workspace() <= 2 * activation
+
+
+def test_flat_buffers_of_deepspeed() -> None:
+    """Bytes per parameter. BF16_Optimizer: a microbatch's gradients, a gathered copy of weights;
+    FP16 with ZeRO 1: of a shard 2 + 4, and a bucket; without ZeRO gradients in float32, twice."""
+    n, shards = 8 * 10**9, 8
+    assert flat_buffer_bytes(n, BF16, 4, 1, shards) == n * (2 + 2)
+    assert flat_buffer_bytes(n, BF16, 4, 1, 1) == n * 2
+    assert flat_buffer_bytes(n, BF16, 2, 1, shards) == n // shards * (2 + 4) + 500_000_000 * 2
+    assert flat_buffer_bytes(n, BF16, 2, 0, shards) == n * 8
+
+
+# laws of stages -----------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 10**6), st.integers(1, 512), st.sampled_from([1, 2, 3]),
+    st.sampled_from(["bf16", "fp32", "fp64"]), st.sampled_from([None, 2, 4]),
+)  # fmt: skip
+def test_shards_divide_states_exactly(
+    each: int, shards: int, stage: int, name: str, gradient_bytes: int | None
+) -> None:
+    precision = Precision.preset(name)
+    whole = state_bytes(each * shards, precision, 0, 1, gradient_bytes=gradient_bytes)
+    part = state_bytes(each * shards, precision, stage, shards, gradient_bytes=gradient_bytes)
+    assert part.optimizer * shards == whole.optimizer
+    assert part.gradients * (shards if stage >= 2 else 1) == whole.gradients
+    if stage == 3 and precision.master_bytes:
+        assert part.weights == 0  # gathered, not stored
+    else:
+        assert part.weights * (shards if stage == 3 else 1) == whole.weights
+
+
+calls = st.lists(
+    st.builds(BlockBytes, st.integers(0, 10**9), st.integers(0, 10**9)), min_size=1, max_size=8
+)
+
+
+@given(calls, st.integers(1, 6))
+def test_the_peak_of_a_stage_is_that_of_its_backward_pass(
+    blocks: list[BlockBytes], in_flight: int
+) -> None:
+    """Walked by hand: the last microbatch is freed block by block, from the last."""
+    alive = in_flight * sum(block.kept for block in blocks)
+    peak = alive
+    for block in reversed(blocks):
+        peak = max(peak, alive + block.workspace)
+        alive -= block.kept
+    stage = stage_bytes(state_bytes(0, BF16, 0, 1), blocks, in_flight)
+    assert stage.total == peak
+    assert min(stage.to_json().values()) >= 0

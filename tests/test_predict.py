@@ -160,3 +160,23 @@ def test_a_degree_that_splits_nothing_is_refused() -> None:
     odd = llama(vocab=32003, ffn=5504)
     with pytest.raises(InvalidInput, match="tp=11: no operation of the model can be split"):
         sw.predict(odd, "a100-80g:1x11", sw.Workload(11, 2047), {"tp": 11})
+
+
+@pytest.mark.parametrize("mode", ["chunked", "fused", "one-block-late"])
+def test_hidden_tensor_communication_is_cheaper_but_not_free(mode: str) -> None:
+    """On links on which it shows: eight devices of a node, large products."""
+    fix = {"tp": 8, "micro_batch": 4}
+    wide = llama(hidden=8192, heads=64, ffn=22016)
+    waits = sw.predict(wide, NODES, WORK, fix)
+    hides = sw.predict(
+        wide, NODES, WORK, fix, runtime=sw.Runtime.preset("torch", tensor_overlap=mode)
+    )
+    assert 0 < hides.time["tensor_parallel"] < waits.time["tensor_parallel"]
+    assert hides.time["matmul"] == waits.time["matmul"]
+
+
+def test_rare_averaging_of_replicas_is_cheaper() -> None:
+    runtime = sw.Runtime.preset("torch", outer_every=10, overlap_gradients=False)
+    each = sw.predict(LLAMA, NODES, WORK, {}, runtime=sw.Runtime.preset("torch"))
+    rare = sw.predict(LLAMA, NODES, WORK, {}, runtime=runtime)
+    assert 0 < rare.time["data_parallel"] < each.time["data_parallel"]

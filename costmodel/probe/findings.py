@@ -19,6 +19,7 @@ from .noise import (
     Slow,
     asymmetry_fraction,
     lasting_excess,
+    padded,
     repeats_of,
     slow_ends_and_links,
     symmetrised,
@@ -179,7 +180,7 @@ def _collective_curves(measured: Measured, source: str) -> tuple[list[Curve], No
         for at, group in enumerate(measured.families[item.series.family].groups):
             seconds = float(np.max(measured.seconds[list(group), column]))
             samples[item.series.kind, item.series.family, item.bytes, at].append(seconds)
-    repeats = repeats_of(_padded(list(samples.values())))
+    repeats = repeats_of(padded(list(samples.values())))
     medians: dict[tuple[CollectiveKind, int], dict[float, list[float]]] = defaultdict(dict)
     for (kind, family, bytes, _), median in zip(samples, repeats.median, strict=True):
         moved = float(moved_bytes(kind, bytes, measured.families[family].size))
@@ -276,12 +277,3 @@ def _late(waited_s: Array) -> tuple[Late, ...]:
         for rank in np.argsort(-last)
         if last[rank] > 1 / ranks + _SURELY_LATE_FRACTION
     )
-
-
-def _padded(rows: list[list[float]]) -> Array:
-    """Rows of unequal length as one array, NaN at their ends."""
-    width = max((len(row) for row in rows), default=1)
-    table = np.full((len(rows), width), np.nan)
-    for at, row in enumerate(rows):
-        table[at, : len(row)] = row
-    return table

@@ -184,3 +184,12 @@ def _low_median(values: Array) -> float:
     """The median, the lower of the two middle values where they are two."""
     found = np.sort(values[np.isfinite(values)])
     return float(found[(len(found) - 1) // 2]) if len(found) else float("nan")
+
+
+def padded(rows: list[list[float]]) -> Array:
+    """Rows of unequal length as one array, NaN at their ends."""
+    width = max((len(row) for row in rows), default=1)
+    table = np.full((len(rows), width), np.nan)
+    for at, row in enumerate(rows):
+        table[at, : len(row)] = row
+    return table

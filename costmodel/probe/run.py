@@ -13,7 +13,7 @@ from ..probe_sizes import next_size
 from ..ranks import Report, Team
 from .exchange import Exchange, moved_bytes
 from .fit import Line, fitted_line
-from .noise import Array
+from .noise import Array, padded, repeats_of
 from .rounds import Family, Nodes, Pairs, families, rounds
 from .schedule import (
     COLLECTIVES,
@@ -38,6 +38,9 @@ _TARGET_S = 4e-3
 differ by when they start."""
 _MOST_INNER = 20
 _MORE_SIZES = 4
+_BEND_FRACTION = 0.03
+_BEND_SIGMAS = 4.0
+"""An uncertainty below either is not worth a measurement."""
 _RESERVED_FRACTION = 0.12
 """Of the budget, for the sizes where curves bend."""
 _MESSAGES_FRACTION = 0.35
@@ -233,7 +236,10 @@ def _where_curves_bend(
         for series, points in found.items():
             sizes = sorted(points)
             times = [float(np.median(points[size])) for size in sizes]
-            wanted = next_size(sizes, times) if len(sizes) > 2 else None
+            # What looks like a bend within the noise is none.
+            noise = repeats_of(padded([points[size] for size in sizes])).noise
+            tolerance = max(_BEND_FRACTION, _BEND_SIGMAS * noise.floor_fraction)
+            wanted = next_size(sizes, times, None, tolerance) if len(sizes) > 2 else None
             if wanted is None:
                 continue
             size = moved_bytes(series.kind, int(wanted), kinds[series.family].size)
