@@ -124,12 +124,14 @@ def measured_cluster(folder: Path, budget_s: float, console: Console) -> sw.Clus
     """The cluster of local ranks, from measurements alone."""
     device, cluster = folder / "device.yaml", folder / "cluster.yaml"
     budget = ("--budget", f"{budget_s:g}", "--on", "cpu")
-    if not device.exists():
-        torchrun(
-            "-m", "shardwright", "calibrate", "-o", str(device), "--dtypes", "float32", *budget
-        )
-    if not cluster.exists():
-        torchrun("-m", "shardwright", "probe", "-o", str(cluster), "--device", str(device), *budget)
+    commands = {
+        device: ("calibrate", "--dtypes", "float32"),
+        cluster: ("probe", "--device", str(device)),
+    }
+    for file, command in commands.items():
+        if not file.exists():
+            others = torchrun("-m", "shardwright", *command, "-o", str(file), *budget)
+            console.print(f"{command[0]}: other work took {others:.0%} of the cores")
     return sw.Cluster.load(cluster)
 
 

@@ -101,8 +101,8 @@ def flat_buffer_bytes(
 
     With gradients accumulated wider than they are made (`accumulated_bytes`, BF16_Optimizer): those
     of the microbatch, all at once, and the list that all-gather collects updated weights in. Else
-    (FP16, from stage 1 on): of the rank's shard a flat copy of the gradients and one in float32, and
-    a bucket; without ZeRO float32 copies of all gradients and their concatenation.
+    (FP16, from stage 1 on): of the rank's shard a flat copy of the gradients, one in float32, and a
+    bucket; without ZeRO float32 copies of all gradients and their concatenation.
     """
     compute = precision.compute_bytes
     if accumulated_bytes > compute and zero_stage < 2:

@@ -48,8 +48,9 @@ class Runtime(BaseModel):
     `overlap_gradients`, `overlap_gathers`: data-parallel reductions hide behind the last backward
     pass, gathers of parameters behind the next forward pass. `fused_accumulation`: products add to
     the gradients of microbatches before, which costs no pass of its own. `transfer_blocks`: a
-    pipeline stage waits for its sends. `transfer_split`: an activation that all tensor ranks hold whole is sent in
-    `tp` pieces and gathered again (Megatron-LM's scatter/gather, arXiv:2104.04473, section 4.1).
+    pipeline stage waits for its sends. `transfer_split`: an activation that all tensor ranks hold
+    whole is sent in `tp` pieces and gathered again (Megatron-LM's scatter/gather,
+    arXiv:2104.04473, section 4.1).
     `tensor_overlap`: how tensor-parallel communication hides behind products, in `overlap_chunks`
     where it is cut (`overlap.tensor_exposed_seconds`). `outer_every`: replicas are averaged only
     every so many steps (`overlap.outer_exposed_seconds`), which trains differently.

@@ -213,5 +213,4 @@ def _held(schedule: ScheduleName, pp: int, microbatches: int, vpp: int, rank: in
     only waits for gradients of weights counts whole."""
     whole, half = schedule_table(schedule, pp, microbatches, vpp).held(rank)
     held = whole + half
-    most: int = held.sum(axis=1).max()
-    return most / held.shape[1]
+    return float(int(held.sum(axis=1).max()) / held.shape[1])

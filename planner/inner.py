@@ -196,7 +196,7 @@ def price_blocks(
                 passes.backward.calls += costs.runtime.calls_per_checkpoint
             memory = block_bytes(
                 graph, annotations[block], costs.mesh, costs.binding, costs.precision, mode,
-                costs.runtime,
+                costs.runtime, None if costs.candidate is None else costs.candidate.tp,
             )  # fmt: skip
             found[block, mode] = BlockCost(
                 passes.forward.with_overlap(costs.runtime).with_host(costs.runtime, measured),

@@ -28,6 +28,10 @@ from .step import placement_of, price_step
 Typings = dict[tuple[int, bool | None, int], Typing]
 """Solved types by (tp, sequence split, sub-axes): they depend on the model, not on its sizes."""
 
+_WILLING_PRICE_S_PER_BYTE = 1e-9
+"""What a byte of parameter state costs on the device `willing`, as much as sending it: no whole
+copies of parameters on tensor ranks, however large the microbatch."""
+
 _KEPT = 4
 _known: OrderedDict[int, tuple[Model, Typings]] = OrderedDict()
 

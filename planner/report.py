@@ -71,18 +71,18 @@ def summary(plan: Plan) -> str:
     return render("\n".join(lines), _stages(plan), "", _parameters(plan))
 
 
+_KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "workspace", "buffers")
+
+
 def _stages(plan: Plan) -> Table:
     unit, name = (GIB, "GiB") if max(plan.predicted.memory_bytes) >= GIB else (MIB, "MiB")
     table = _table(
         "Stages", "stage", "layers", "recompute", "weights", "grads", "optim", "activ",
-        "work", f"total {name}",
+        "logits", "work", "buffers", f"total {name}",
     )  # fmt: skip
     for i, stage in enumerate(plan.stages):
         kinds = plan.predicted.memory[i] if i < len(plan.predicted.memory) else {}
-        cells = [
-            f"{kinds.get(kind, 0) / unit:.1f}"
-            for kind in ("weights", "gradients", "optimizer", "activations", "workspace")
-        ]
+        cells = [f"{kinds.get(kind, 0) / unit:.1f}" for kind in _KINDS]
         total = plan.predicted.memory_bytes[i]
         table.add_row(
             str(i), _range(plan, i), _modes(stage.recompute), *cells,

@@ -38,6 +38,7 @@ from shardwright.costmodel import (
 from shardwright.costmodel.memory import flat_buffer_bytes
 from shardwright.ir import P, R, S
 from shardwright.ir.errors import InvalidInput
+from shardwright.ir.from_dims import Experts, TransformerDims, expert_binding, transformer
 from shardwright.ir.graph import Graph
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.plan import Annotation, OpTypes, Recompute, data_parallel_types
@@ -421,3 +422,22 @@ def test_the_peak_of_a_stage_is_that_of_its_backward_pass(
     stage = stage_bytes(state_bytes(0, BF16, 0, 1), blocks, in_flight)
     assert stage.total == peak
     assert min(stage.to_json().values()) >= 0
+
+
+def test_slots_of_experts_are_shared_out_by_tensor_ranks() -> None:
+    """On their own mesh experts hold as many slots as without it, but for what tensor ranks share
+    out; the router and the rest of the layer are as their types say."""
+    experts = Experts(count=8, top_k=2, ffn=96)
+    dims = TransformerDims(layers=1, hidden=64, heads=4, ffn=1, vocab=64, experts=experts)
+    graph = transformer(dims).blocks["ExpertLayer"]
+    binding = expert_binding(dims, {"b": 2, "s": 32})
+
+    def kept(shards: int | None) -> int:
+        return block_bytes(
+            graph, data_parallel_types(graph), ALONE, binding, BF16, "none", slot_shards=shards
+        ).kept
+
+    assert kept(None) == kept(1)
+    # a row: what goes in, gate with up, gate activated, their product, what comes out
+    row, rows = 64 + 2 * 96 + 96 + 96 + 64, 2 * 32 * 2
+    assert kept(1) - kept(2) == 2 * rows * row // 2

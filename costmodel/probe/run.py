@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ...ir.errors import InvalidInput
 from ..probe_sizes import next_size
 from ..ranks import Report, Team
 from .exchange import Exchange, moved_bytes
@@ -96,11 +97,16 @@ def measured(
     """Probes all links and groups; the result is on rank 0 only.
 
     `memory_bytes` is what one rank may use, the least of all. Larger messages are left out, and
-    said to be.
+    said to be; raises InvalidInput where there is no room for the smallest.
     """
     deadline = time.monotonic() + budget_s
     kinds, pairs = families(nodes), rounds(nodes.world_size)
     sizes = tuple(size for size in SIZES_BYTES if 2 * size <= memory_bytes)
+    if not sizes:
+        raise InvalidInput(
+            f"probe: each rank has {memory_bytes} bytes of memory free for messages, "
+            f"expected {2 * SIZES_BYTES[0]} at least: start fewer ranks on a machine"
+        )
     too_large = next((size for size in SIZES_BYTES if size not in sizes), None)
     series = [Series("send")]
     series += [Series(kind, at) for kind in COLLECTIVES for at in range(len(kinds))]
