@@ -189,9 +189,11 @@ def cluster_of(measured: Measured) -> Cluster | None:
     name = next((n for n in Cluster.preset_names() if n.startswith(measured.gpu.lower())), None)
     if name is None:
         return None
+    unmeasured: dict[str, object] = {"curves": ()}  # presets carry these very curves
     if measured.nodes > 1:
-        return Cluster.preset(name, measured.nodes, measured.gpus // measured.nodes)
-    whole = Cluster.preset(name)
+        found = Cluster.preset(name, measured.nodes, measured.gpus // measured.nodes)
+        return found.model_copy(update=unmeasured)
+    whole = Cluster.preset(name).model_copy(update=unmeasured)
     return whole if measured.gpus <= whole.world_size else None
 
 

@@ -77,7 +77,7 @@ class Runtime(BaseModel):
     synchronous_launches: bool = False
     launch_wait_s: float = Field(default=20e-6, ge=0)
     calls_per_collective: int = Field(default=3, ge=0)
-    collective_gap_s: float = Field(default=20e-6, ge=0)
+    collective_gap_s: float = Field(default=25e-6, ge=0)
     calls_per_checkpoint: int = Field(default=16, ge=0)
     gradient_bytes: int | None = Field(default=None, gt=0)
     overlap_gradients: bool = True

@@ -223,7 +223,7 @@ def _gradients_end(table: ScheduleTable, sync: DataParallel, start: Array, end: 
             continue
         kinds = table.kind[here]
         (done_at,) = np.nonzero((kinds == B) | (kinds == W))
-        last = dict(zip(table.stage[here][done_at].tolist(), done_at.tolist(), strict=True))
+        last: dict[int, int] = {int(table.stage[here.start + i]): int(i) for i in done_at}
         free, hidden = gathers, _overlap(starts, ends, 0.0, gathers)
         for stage, i in sorted(last.items(), key=lambda item: item[1]):
             seconds = sync.gradients_s[stage]

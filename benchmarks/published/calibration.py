@@ -22,6 +22,8 @@ from .prior import Prior, covariance, prior_for
 from .scores import ErrorScore, error_score
 
 Array = npt.NDArray[np.float64]
+LEAST = 3
+"""Rows to report on, and probes, where more are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +44,13 @@ class Calibrated:
 def calibrated(
     source: str, rows: Sequence[Timed], probes: int, prior: Prior | None = None
 ) -> Calibrated | None:
-    """Calibrates with that many probes; None where fewer than 3 rows are left to report on.
+    """Calibrates with that many probes, or fewer where else fewer than LEAST rows would be left to
+    report on; None where neither so many probes are left.
 
     `prior` is by default the one that was learned without the rows' family.
     """
-    if len(rows) < probes + 3:
+    wanted, probes = probes, min(probes, len(rows) - LEAST)
+    if probes < min(wanted, LEAST):
         return None
     prior = prior or prior_for(rows[0].setup.run.family)
     smooth = covariance(prior, rows)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 
@@ -22,6 +22,7 @@ from shardwright.ir.workload import Precision
 from .architecture import dims_of
 from .rows import Run
 
+Entry = TypeVar("Entry")
 Recompute = Literal["none", "selective", "full"]
 MemoryKind = Literal["allocated", "reserved", "device"]
 """What a source's memory figure counts: tensors (`torch.cuda.max_memory_allocated`), what the
@@ -190,7 +191,7 @@ def _runtime(run: Run) -> Runtime:
     name = _named(facts()["runtimes"], run.framework)
     if name is None:
         raise InvalidInput(f"framework is {run.framework!r}, expected one that facts.yaml names")
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = dict(_named(facts()["recipes"], run.framework) or {})
     if run.attn_impl:
         kernel = _named(facts()["attention"], run.attn_impl)
         if kernel is None:
@@ -257,7 +258,7 @@ def _cluster_preset(name: str, nodes: int, per_node: int, nic: float, limit: flo
     return cluster.model_copy(update={"levels": (*inner, last)})
 
 
-def _named(table: Mapping[str, str], text: str) -> str | None:
+def _named(table: Mapping[str, Entry], text: str) -> Entry | None:
     """The entry whose name is the longest that the text begins with."""
     name = max((key for key in table if text.startswith(key)), key=len, default=None)
     return None if name is None else table[name]

@@ -132,7 +132,10 @@ def _calibrated(report: Report) -> Table:
             ", ".join(f"{cause} {value:.2f}" for cause, value in far),
         )
     table.caption = (
-        "Probes are chosen by configuration, before measured times are looked at; probes: "
+        "Probes are chosen by configurations and predictions, before measured times are looked at. "
+        "How far causes and configurations deviate in general (prior.yaml) is learned on the other "
+        "sources by their likelihood, without any row of the one reported (vTrain's two tables are "
+        "two sources, of one laboratory). Probes: "
         + "; ".join(f"{each.source}: {', '.join(each.probes)}" for each in report.calibrated)
     )
     return table
