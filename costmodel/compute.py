@@ -70,7 +70,10 @@ def kernel_seconds(device: Device, kernel: Kernel) -> float:
     A measured curve has its launch in it.
     """
     moves = "copy" if kernel.kind in ("matmul", "attention") else kernel.kind
-    moving = device.measured_seconds(moves, None, kernel.bytes, kernel.backward)
+    count = max(1, kernel.launches)
+    moving = device.measured_seconds(moves, kernel.dtype, kernel.bytes / count, kernel.backward)
+    if moving is not None:
+        moving *= count
     working = None
     if kernel.kind not in ("matmul", "attention"):
         if moving is not None:

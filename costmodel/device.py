@@ -90,17 +90,20 @@ class Device(BaseModel):
         return self.memory_bytes - self.reserve_bytes
 
     def measured_seconds(
-        self, kind: KernelClass, dtype: ComputeDtype | None, work: float, backward: bool
+        self, kind: KernelClass, dtype: ComputeDtype, work: float, backward: bool
     ) -> float | None:
         """Seconds of one kernel by the measured curve for its kind, or None where there is none.
 
-        `work` in FLOPs for matmul and attention, in bytes for other kinds; those are looked up in
-        any dtype with None. Without a curve of the backward pass that of forward serves.
+        `work` in FLOPs for matmul and attention, in bytes for other kinds, for which a curve of
+        another dtype will do. Without a curve of the backward pass that of forward serves.
         """
         if not self.curves:
             return None
         wanted = "backward" if backward else "forward"
-        fitting = [c for c in self.curves if c.kind == kind and dtype in (None, c.dtype)]
+        every = [c for c in self.curves if c.kind == kind]
+        fitting = [c for c in every if c.dtype == dtype]
+        if kind not in ("matmul", "attention"):
+            fitting = fitting or every
         for direction in (wanted, "forward"):
             for curve in fitting:
                 if curve.direction == direction:

@@ -46,9 +46,9 @@ class Runtime(BaseModel):
     its own that waits for the compute before it and is waited for by the compute after it.
     `gradient_bytes`: bytes of a gradient as it is accumulated and reduced (None: the precision's).
     `overlap_gradients`, `overlap_gathers`: data-parallel reductions hide behind the last backward
-    pass, gathers of parameters behind the next forward pass. `fused_accumulation`: products add to
-    the gradients of microbatches before, which costs no pass of its own. `transfer_blocks`: a
-    pipeline stage waits for its sends. `transfer_split`: an activation that all tensor ranks hold
+    pass, gathers of parameters behind the next forward pass. `overlap_from_zero`: the ZeRO stage
+    from which gradients do so. `fused_accumulation`: products add to the gradients of microbatches
+    before, which costs no pass of its own. `transfer_blocks`: a pipeline stage waits for its sends. `transfer_split`: an activation that all tensor ranks hold
     whole is sent in `tp` pieces and gathered again (Megatron-LM's scatter/gather,
     arXiv:2104.04473, section 4.1).
     `tensor_overlap`: how tensor-parallel communication hides behind products, in `overlap_chunks`
@@ -81,6 +81,7 @@ class Runtime(BaseModel):
     calls_per_checkpoint: int = Field(default=16, ge=0)
     gradient_bytes: int | None = Field(default=None, gt=0)
     overlap_gradients: bool = True
+    overlap_from_zero: int = Field(default=0, ge=0, le=3)
     overlap_gathers: bool = True
     fused_accumulation: bool = False
     transfer_blocks: bool = False

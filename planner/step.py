@@ -175,7 +175,7 @@ def _simulated(
         tuple(each_step * stage.sync.reduce_per_step_s for stage in stages),
         tuple(each_step * stage.sync.gather_per_step_s for stage in stages),
         buckets=max(1, repeated(request.model).count // len(stages)),
-        overlapped=runtime.overlap_gradients,
+        overlapped=_overlaps(request, candidate),
         at_start=runtime.overlap_gathers,
     )
     optimizer = tuple(_optimizer_seconds(request, candidate, rank) for rank in ranks)
@@ -221,7 +221,7 @@ def _estimated(
         compute = sum(stage.seconds for stage in rank)
         reduces = sum(stage.sync.reduce_per_step_s for stage in rank)
         gathers = sum(stage.sync.gather_per_step_s for stage in rank)
-        hidden = reduces * runtime.overlap_gradients + gathers * runtime.overlap_gathers
+        hidden = reduces * _overlaps(request, candidate) + gathers * runtime.overlap_gathers
         exposed = max(exposed, reduces + gathers - hidden + exposed_seconds(hidden, compute))
     return {
         "pipeline_bubble": total - busy,
@@ -229,6 +229,12 @@ def _estimated(
         "data_parallel": exposed,
         "optimizer": max(_optimizer_seconds(request, candidate, rank) for rank in ranks),
     }
+
+
+def _overlaps(request: Request, candidate: Candidate) -> bool:
+    """Whether gradients are reduced beside the backward pass."""
+    runtime = request.runtime
+    return runtime.overlap_gradients and candidate.zero >= runtime.overlap_from_zero
 
 
 def _transfer(request: Request) -> Transfer:
