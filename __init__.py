@@ -154,7 +154,7 @@ def plan(
     fixed = _planner.Fix.parse(fix)  # what is quick to refuse comes before tracing
     where = Cluster.parse(cluster) if isinstance(cluster, str) else cluster
     traced = trace(model, example_inputs, loss=loss)
-    request = _planner.Request(traced, where, workload, fixed)
+    request = _planner.Request(traced, where.at_slowest(), workload, fixed)
     search = _planner.Search(request)
     found = search.run(top, progress)
     mesh = search.mesh(found.outcomes[0].candidate)
@@ -182,8 +182,28 @@ def predict(
     fixed = _planner.Fix.parse(fix)
     where = Cluster.parse(cluster) if isinstance(cluster, str) else cluster
     runs = Runtime.preset(runtime) if isinstance(runtime, str) else runtime
-    traced = trace(model, example_inputs, loss=loss)
-    return _planner.predict(_planner.Request(traced, where, workload, fixed, runs))
+    traced = _priceable(model, example_inputs, loss)
+    return _planner.predict(_planner.Request(traced, where.at_slowest(), workload, fixed, runs))
+
+
+_EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""What Hugging Face configs call their number of experts."""
+
+
+def _priceable(
+    model: Any,
+    example_inputs: Mapping[str, Any] | Sequence[Any] | None,
+    loss: Callable[..., Any] | None,
+) -> Model:
+    """A traced model; one with experts, which cannot be traced yet, is built from its config."""
+    if isinstance(model, str | Path):
+        from .ir.from_dims import dims_of_config, transformer
+        from .ir.from_torch import config_of
+
+        config = config_of(str(model)) or {}
+        if any(key in config for key in _EXPERT_KEYS):
+            return transformer(dims_of_config(config), name=str(model))
+    return trace(model, example_inputs, loss=loss)
 
 
 def annotate(

@@ -77,7 +77,9 @@ def _list_names() -> None:
     from .ir.from_torch import preset_names
 
     typer.echo("models:   " + " ".join(preset_names()))
-    typer.echo("clusters: " + " ".join(Cluster.preset_names()))
+    pretended = ("local", "willing")
+    names = [name for name in Cluster.preset_names() if name not in pretended]
+    typer.echo("clusters: " + " ".join(names))
 
 
 ModelName = Annotated[str, typer.Argument(help="config.json, package.module:callable, preset")]
@@ -106,6 +108,8 @@ def _problem(
     where = Cluster.parse(cluster)
     if device:
         where = where.with_device(Device.parse(device))
+    for note in where.notes:
+        errors.print(f"note: {note}")
     return where, Workload(global_batch, seq_len, precision=precision)
 
 

@@ -152,6 +152,14 @@ class Cluster(BaseModel):
         """The cluster with another device (calibrated, say); islands keep those of their own."""
         return self._with(device=device)
 
+    def at_slowest(self) -> Cluster:
+        """The cluster as if every device were the slowest and the smallest of its kinds, degraded
+        ones included: what a job takes in which all do the same work."""
+        slowed = min((d.compute_fraction for d in self.degraded), default=1.0)
+        if slowed == 1.0 and len(self.device_kinds) == 1 and self.device_kinds[0] == self.device:
+            return self
+        return self._with(device=Device.worst(self.device_kinds, slowed))
+
     def with_pairs(self, measured: PairMatrix | Iterable[Pair]) -> Cluster:
         """The cluster with a measured matrix, or with entries of pairs in place of those of the
         same ends.

@@ -94,7 +94,10 @@ def _flops_per_s(device: Device, kernel: Kernel) -> float:
     if kernel.kind == "matmul":
         return _product_rate(device, kernel)
     if kernel.kind == "attention":
-        rate = device.peak(kernel.dtype) * device.attention_efficiency_fraction
+        fraction = device.attention_efficiency_fraction
+        if kernel.portable:
+            fraction = min(fraction, device.portable_attention_fraction or fraction)
+        rate = device.peak(kernel.dtype) * fraction
         if device.multiprocessors and kernel.tiles:
             waves = -(-kernel.tiles // device.multiprocessors)
             rate *= kernel.tiles / (waves * device.multiprocessors)

@@ -6,8 +6,9 @@ sources are in `data/devices.yaml`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -49,8 +50,10 @@ class Device(BaseModel):
 
     Bytes, seconds, FLOP/s and bytes/s throughout. Efficiencies are the fractions of the peak that
     large shapes of a training step reach (of matrix products: those that fill all
-    `multiprocessors` with whole tiles, see `compute.product_efficiency`); `kernel_launch_s` is the
-    least an op takes; `reserve_bytes` is what a training process holds beyond what a plan accounts
+    `multiprocessors` with whole tiles, see `compute.product_efficiency`);
+    `portable_attention_fraction` is what FlashAttention-2 reaches, where that is less than the
+    maker's kernel. `kernel_launch_s` is the least an op takes; `reserve_bytes` is what a training
+    process holds beyond what a plan accounts
     for. `curves`, where there are any, are measured and go before the fractions. Tiers that state
     can be moved to (`offload`), where there are any, as one device's share: `host_memory_bytes`
     over `host_link_bytes_per_s`, `nvme_bytes` at `nvme_bytes_per_s`, one direction each.
@@ -64,6 +67,7 @@ class Device(BaseModel):
     memory_bandwidth_bytes_per_s: float = Field(gt=0)
     matmul_efficiency_fraction: float = Field(gt=0, le=1)
     attention_efficiency_fraction: float = Field(gt=0, le=1)
+    portable_attention_fraction: float | None = Field(default=None, gt=0, le=1)
     memory_efficiency_fraction: float = Field(gt=0, le=1)
     kernel_launch_s: float = Field(ge=0)
     reserve_bytes: int = Field(ge=0)
@@ -132,6 +136,31 @@ class Device(BaseModel):
     def preset_names() -> tuple[str, ...]:
         """Names that `preset` takes, in the order of the data file."""
         return tuple(yaml_files.packaged("devices"))
+
+    @staticmethod
+    def worst(devices: Sequence[Device], compute_fraction: float = 1.0) -> Device:
+        """The least of every figure of several devices, arithmetic at a fraction of its pace.
+
+        Measured curves are left out where there are several devices.
+        """
+        first = devices[0]
+        dtypes = {d: min(device.peak(d) for device in devices) for d in get_args(ComputeDtype)}
+        peaks = {d: rate * compute_fraction for d, rate in dtypes.items()}
+        least = {
+            name: min(getattr(device, name) for device in devices)
+            for name in (
+                "memory_bytes", "memory_bandwidth_bytes_per_s", "matmul_efficiency_fraction",
+                "attention_efficiency_fraction", "memory_efficiency_fraction",
+            )
+        }  # fmt: skip
+        most = {
+            name: max(getattr(device, name) for device in devices)
+            for name in ("kernel_launch_s", "reserve_bytes")
+        }
+        names = "+".join(dict.fromkeys(device.name for device in devices))
+        curves = first.curves if len(devices) == 1 and compute_fraction == 1.0 else ()
+        changes = {"name": names, "peak_flops_per_s": PeakFlops(**peaks), "curves": curves}
+        return first.model_copy(update={**changes, **least, **most})
 
     @staticmethod
     def parse(spec: str) -> Device:

@@ -37,7 +37,8 @@ class Kernel:
 
     `product` is (batch, m, n, k) of a matrix product (m x k)·(k x n), `rows` the elements in a row
     of its matrices as they lie in memory; `tiles` the blocks of work of an attention kernel,
-    `slower` how much longer it takes than the device's attention.
+    `slower` how much longer it takes than the device's attention, `portable` whether it was not
+    written for the device.
     """
 
     kind: KernelKind
@@ -49,6 +50,7 @@ class Kernel:
     rows: tuple[int, ...] = ()
     tiles: int = 0
     slower: float = 1.0
+    portable: bool = False
     backward: bool = False
 
 
@@ -224,7 +226,8 @@ class Kernels:
             return kernels
         traits = work_class("attention")
         ratio = traits.backward_flops_per_forward_flop if backward else 1.0
-        slower = _FIRST_FLASH if self.runtime.attention == "flash1" else 1.0
+        kernel = self.runtime.attention
+        slower = _FIRST_FLASH if kernel == "flash1" else 1.0
         launches = traits.backward_launches if backward else traits.forward_launches
         tiles = loops.maps * -(-loops.queries // _ATTENTION_ROWS)
         return (
@@ -236,6 +239,7 @@ class Kernels:
                 launches,
                 tiles=tiles,
                 slower=slower,
+                portable=kernel != "flash",
                 backward=backward,
             ),
         )

@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from . import yaml_files
 from .overlap import OverlapMode
 
-AttentionKernel = Literal["flash", "flash1", "unfused"]
-"""`flash`: scores stay on the chip, at the rate of FlashAttention-2 and later. `flash1`: the first
+AttentionKernel = Literal["flash", "flash2", "flash1", "unfused"]
+"""`flash`: scores stay on the chip, in the maker's kernel for the device. `flash2`:
+FlashAttention-2, as torch's SDPA has it, which newer devices leave behind. `flash1`: the first
 version (arXiv:2205.14135), half as fast (arXiv:2307.08691, section 4.1). `unfused`: product,
 softmax, product, with scores and probabilities in memory and no saving from a causal mask
 (Megatron-LM until 2023)."""
@@ -37,6 +38,8 @@ were made, with a gradient of their dtype beside them (a compiled loss, flash-at
 class Runtime(BaseModel):
     """The facts of a framework that time and memory depend on.
 
+    `layout`: what decides how tensor ranks split a block, our search (`planned`) or a rule by which
+    every product is split (`split`, Megatron-LM's).
     `host_s_per_call`: seconds the processor takes for one call of an op: to launch a kernel, or to
     make a view. It runs ahead of the device, so it counts where kernels are shorter.
     `synchronous_launches`: it waits for each kernel instead (CUDA_LAUNCH_BLOCKING=1),
@@ -48,9 +51,9 @@ class Runtime(BaseModel):
     `overlap_gradients`, `overlap_gathers`: data-parallel reductions hide behind the last backward
     pass, gathers of parameters behind the next forward pass. `overlap_from_zero`: the ZeRO stage
     from which gradients do so. `fused_accumulation`: products add to the gradients of microbatches
-    before, which costs no pass of its own. `transfer_blocks`: a pipeline stage waits for its sends. `transfer_split`: an activation that all tensor ranks hold
-    whole is sent in `tp` pieces and gathered again (Megatron-LM's scatter/gather,
-    arXiv:2104.04473, section 4.1).
+    before, which costs no pass of its own. `transfer_blocks`: a pipeline stage waits for its
+    sends. `transfer_split`: an activation that all tensor ranks hold whole is sent in `tp` pieces
+    and gathered again (Megatron-LM's scatter/gather, arXiv:2104.04473, section 4.1).
     `tensor_overlap`: how tensor-parallel communication hides behind products, in `overlap_chunks`
     where it is cut (`overlap.tensor_exposed_seconds`). `outer_every`: replicas are averaged only
     every so many steps (`overlap.outer_exposed_seconds`), which trains differently.
@@ -70,6 +73,7 @@ class Runtime(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
+    layout: Literal["planned", "split"] = "split"
     attention: AttentionKernel = "flash"
     selective: Selective = "contractions"
     fused_pointwise: bool = False

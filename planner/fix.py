@@ -130,7 +130,7 @@ def _read(items: Mapping[str, Any]) -> dict[str, Any]:
             raise InvalidInput(f"--fix: unknown key {key!r}{hint}; known: {', '.join(KEYS)}")
         found[key] = readers[key](key, value)
     stages, pp = found.get("stages"), found.get("pp")
-    if stages and pp and len(stages) != pp:
+    if stages and pp and len(stages) != pp * found.get("vpp", 1):
         raise InvalidInput(f"--fix: stages={value_of(stages)} has {len(stages)} stages, pp={pp}")
     return found
 

@@ -112,32 +112,44 @@ def solve_inner(
 ) -> Inner:
     """Types every block on the tensor axes of `mesh` and prices it in every recompute mode.
 
-    Two programs are solved: one for time alone, whose objective is the bound, and one in which
-    bytes of parameter state cost what recomputation would pay for them. Raises Infeasible where
-    pins cannot hold. `decided_on` is the cluster whose prices choose the types, where that is not
-    the one whose prices are reported.
+    Raises Infeasible where pins cannot hold. `decided_on` is the cluster whose prices choose the
+    types, where that is not the one whose prices are reported.
     """
     axes = tuple(axis for axis in mesh.axes if axis.parent == "tp")
     runs = runtime or Runtime.preset("torch")
+    plain = ModelCosts(decided_on or cluster, mesh, axes, binding, precision, model.blocks, runs)
+    chosen, bound, method = chosen_types(chain, plain, solver)
+    priced = replace(plain, cluster=cluster)
+    least = bound if decided_on is None else None
+    return inner_of(chain, chosen, priced, modes, least, method)
+
+
+def chosen_types(
+    chain: Chain, costs: ModelCosts, solver: Solver = "highs"
+) -> tuple[Mapping[str, Annotation], float, str]:
+    """The types of all blocks, the least seconds any types take, and how the program was solved.
+
+    Two programs: one for time alone, whose objective is the bound, and one in which bytes of
+    parameter state cost what recomputation would pay for them.
+    """
     # Idle time around collectives is the same for every layout of a kind of block but for how many
     # there are; that should not outweigh the memory a split saves, so the programs do not see it.
-    seen = runs.model_copy(update={"collective_gap_s": 0.0})
-    plain = ModelCosts(decided_on or cluster, mesh, axes, binding, precision, model.blocks, seen)
+    seen = costs.runtime.model_copy(update={"collective_gap_s": 0.0})
+    plain = replace(costs, runtime=seen, candidate=None)
+    precision, mesh, binding = plain.precision, plain.mesh, plain.binding
     divisible = {**binding, "b": 1}  # sequences are split by the data-parallel axis alone
-    fastest = solve(chain, axes, divisible, plain, solver)
+    fastest = solve(chain, plain.axes, divisible, plain, solver)
     chosen = fastest
-    if prod(axis.size for axis in axes) > 1:
+    if prod(axis.size for axis in plain.axes) > 1:
         state = precision.compute_bytes + precision.gradient_bytes + precision.optimizer_bytes
         price = _recompute_rate(chain, fastest, plain, mesh, binding, precision)
         thrifty_costs = replace(plain, memory_price_s_per_byte=price, state_bytes=state)
-        thrifty = solve(chain, axes, divisible, thrifty_costs, solver)
+        thrifty = solve(chain, plain.axes, divisible, thrifty_costs, solver)
         seconds = sum(evaluate(chain, thrifty.annotations, plain).values())
         if seconds <= fastest.objective * (1 + MEMORY_PREFERENCE):
             chosen = thrifty
     method = chosen.method if chosen.method == fastest.method else "mip"
-    priced = replace(plain, cluster=cluster, runtime=runs)
-    bound = fastest.objective if decided_on is None else None
-    return inner_of(chain, chosen.annotations, priced, modes, bound, method)
+    return chosen.annotations, fastest.objective, method
 
 
 def inner_of(

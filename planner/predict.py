@@ -3,49 +3,48 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 from ..costmodel.cluster import Cluster
 from ..costmodel.memory import StageBytes
 from ..ir import Infeasible, InvalidInput
 from ..ir.from_dims import expert_binding
-from ..ir.graph import Model
-from ..ir.mesh import Mesh
+from ..ir.graph import Model, bind
+from ..ir.mesh import Axis, Mesh
 from ..ir.plan import Annotation, Recompute, Strategy
 from ..ir.schedule_rows import default_vpp, schedule_placement
 from .candidates import Candidate
 from .costs import ModelCosts
 from .fix import Fix
-from .inner import Inner, inner_of, splits_anything, sub_axes
+from .inner import Inner, chosen_types, inner_of, splits_anything, sub_axes
 from .report import prediction_text, stored
 from .request import Request, bounds_of, pinned_types, repeated
-from .sbp_program import Chain, Typing, solve
+from .sbp_program import Chain, solve
 from .step import placement_of, price_step
 
-Typings = dict[tuple[int, bool | None, int], Typing]
-"""Solved types by (tp, sequence split, sub-axes): they depend on the model, not on its sizes."""
+Types = Mapping[str, Annotation]
+"""Block → the types of its values on the tensor axes."""
 
 _WILLING_PRICE_S_PER_BYTE = 1e-9
 """What a byte of parameter state costs on the device `willing`, as much as sending it: no whole
 copies of parameters on tensor ranks, however large the microbatch."""
 
-_KEPT = 4
-_known: OrderedDict[int, tuple[Model, Typings]] = OrderedDict()
+_KEPT_MODELS = 4
+_known: OrderedDict[int, tuple[Model, dict[Hashable, Types]]] = OrderedDict()
+"""Types solved for the last few models, by all that they depend on: a memory, never a decision."""
 
 
-def typings_of(model: Model) -> Typings:
-    """The types solved so far for a model; kept for the last few models, so that only the first
-    prediction of a degree solves its program."""
-    model_, typings = _known.pop(id(model), (model, {}))
-    if model_ is not model:
-        typings = {}
-    _known[id(model)] = (model, typings)
-    while len(_known) > _KEPT:
+def _types_of(model: Model) -> dict[Hashable, Types]:
+    """The types solved so far for a model."""
+    known, types = _known.pop(id(model), (model, {}))
+    _known[id(model)] = (model, types if known is model else {})
+    while len(_known) > _KEPT_MODELS:
         _known.popitem(last=False)
-    return typings
+    return _known[id(model)][1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +124,7 @@ def predict(request: Request) -> Prediction:
     """
     candidate = candidate_of(request)
     request.check()
-    inner = _inner(request, candidate, typings_of(request.model))
+    inner = _inner(request, candidate)
     bounds = _bounds(request, candidate)
     layers = repeated(request.model)
     mode = _mode(request.fix)
@@ -203,10 +202,16 @@ def candidate_of(request: Request) -> Candidate:
     except InvalidInput as error:
         raise InvalidInput(f"--fix: {error}") from None
     ep, etp = fix.ep or 1, fix.etp or 1
-    if (ep > 1 or etp > 1) and not any(
-        op.kind == "moe_dispatch" for graph in request.model.blocks.values() for op in graph.ops
-    ):
-        raise InvalidInput(f"--fix: ep={ep}, etp={etp}, but the model has no experts")
+    _check_experts(request.model, ep, etp)
+    if fix.attention not in (None, "ring" if cp > 1 else "heads"):
+        raise InvalidInput(
+            f"--fix: attention={fix.attention} with cp={cp} is not priced yet, expected "
+            f"{'ring' if cp > 1 else 'heads'}"
+        )
+    if fix.stages is not None and len(fix.stages) != pp * vpp:
+        raise InvalidInput(
+            f"--fix: stages has {len(fix.stages)} stages, expected pp*vpp = {pp}*{vpp}"
+        )
     layers = repeated(request.model).count
     if pp * vpp > layers + 2:
         raise InvalidInput(f"--fix: pp*vpp = {pp}*{vpp} stages, but the model has {layers} layers")
@@ -218,6 +223,22 @@ def candidate_of(request: Request) -> Candidate:
     return Candidate(
         pp, dp, tp, fix.zero or 0, micro, batch // (dp * micro), schedule, vpp, cp, ep, etp, group
     )
+
+
+def _check_experts(model: Model, ep: int, etp: int) -> None:
+    """Raises InvalidInput where experts, or what is inside one, cannot be shared out."""
+    products = [op for graph in model.blocks.values() for op in graph.ops
+                if op.kind == "grouped_linear"]  # fmt: skip
+    if (ep > 1 or etp > 1) and not products:
+        raise InvalidInput(f"--fix: ep={ep}, etp={etp}, but the model has no experts")
+    for op in products:
+        count, width = (
+            prod(bind(op.sizes[f], {}) for f in op.rule.operands[1][dim]) for dim in (0, 1)
+        )
+        if count % ep:
+            raise InvalidInput(f"--fix: ep={ep} does not divide the model's {count} experts")
+        if width % etp:
+            raise InvalidInput(f"--fix: etp={etp} does not divide the {width} outputs of an expert")
 
 
 def _bounds(request: Request, candidate: Candidate) -> tuple[int, ...]:
@@ -237,9 +258,8 @@ def _bounds(request: Request, candidate: Candidate) -> tuple[int, ...]:
     return bounds_of(request.model, tuple(counts))
 
 
-def _inner(request: Request, candidate: Candidate, typings: Typings) -> Inner:
-    """Blocks with types and prices. A tensor axis is split as the program decides on a device on
-    which every split pays: who fixes a degree wants it used."""
+def _inner(request: Request, candidate: Candidate) -> Inner:
+    """Blocks with types and prices."""
     model = request.model
     chain = replace(Chain.of(model, pinned_types(model)), sequence_split=request.fix.sp)
     axes = sub_axes(model, candidate.tp)
@@ -252,21 +272,39 @@ def _inner(request: Request, candidate: Candidate, typings: Typings) -> Inner:
         request.cluster, mesh, tensor, binding, request.precision, model.blocks, request.runtime,
         candidate=candidate,
     )  # fmt: skip
-    key = (candidate.tp, request.fix.sp, len(axes))
-    if key not in typings:
-        pretended = replace(
-            costs,
-            cluster=Cluster.preset("willing", 1, candidate.tp),
-            candidate=None,
-            mesh=Mesh.of(pp=1, dp=1, tp=candidate.tp).factored("tp", axes),
-        )
+    planned = request.runtime.layout == "planned"
+    where = request.cluster if planned and candidate.tp > 1 else None
+    stride = mesh.stride(tensor[0].name), mesh.stride(tensor[-1].name)
+    key = (candidate.tp, request.fix.sp, tuple(binding.items()), request.precision, where, stride,
+           request.runtime)  # fmt: skip
+    known = _types_of(model)
+    if key not in known:
         try:
-            typings[key] = solve(chain, tensor, {**binding, "b": 1}, pretended)
+            known[key] = _decided(chain, costs, planned)
         except Infeasible as error:
             raise InvalidInput(f"--fix: tp={candidate.tp}: {error}") from None
-        if candidate.tp > 1 and not splits_anything(tensor, typings[key].annotations):
-            raise InvalidInput(
-                f"--fix: tp={candidate.tp}: no operation of the model can be split over "
-                f"{candidate.tp} devices (heads, hidden sizes and vocabulary do not divide by it)"
-            )
-    return inner_of(chain, typings[key].annotations, costs, [_mode(request.fix), "none"])
+    if candidate.tp > 1 and not splits_anything(tensor, known[key]):
+        raise InvalidInput(
+            f"--fix: tp={candidate.tp}: no operation of the model can be split over "
+            f"{candidate.tp} devices (heads, hidden sizes and vocabulary do not divide by it)"
+        )
+    return inner_of(chain, known[key], costs, [_mode(request.fix), "none"])
+
+
+def _decided(chain: Chain, costs: ModelCosts, planned: bool) -> Types:
+    """Types as the search decides them; where that splits nothing, and for frameworks whose layout
+    is given, as they are decided on a device on which every split of a product pays."""
+    if planned:
+        types = chosen_types(chain, costs)[0]
+        if splits_anything(costs.axes, types):
+            return types
+    size = prod(axis.size for axis in costs.axes)
+    willing = replace(
+        costs,
+        cluster=Cluster.preset("willing", 1, size),
+        mesh=Mesh(tuple(Axis(a.name, a.size, a.parent) for a in costs.axes)),
+        candidate=None,
+        memory_price_s_per_byte=_WILLING_PRICE_S_PER_BYTE,
+        state_bytes=16,
+    )
+    return solve(chain, costs.axes, {**costs.binding, "b": 1}, willing).annotations

@@ -36,7 +36,7 @@ from .request import Request, repeated
 class StepPrice:
     """Seconds of a step by cause (they add up to it), and bytes per pipeline rank.
 
-    `flops` are executed by the busiest rank in a step, recomputation included.
+    `flops` are executed per rank in a step, on average, recomputation included.
     """
 
     time: Mapping[str, float]
@@ -91,7 +91,7 @@ def price_step(
             for cause, seconds in work.seconds.items():
                 time[cause] = time.get(cause, 0.0) + m * seconds
     time |= (_simulated if exact else _estimated)(request, candidate, stages, ranks)
-    flops = m * sum(s.forward.flops + s.backward.flops for s in busiest)
+    flops = m * sum(s.forward.flops + s.backward.flops for s in stages) / candidate.pp
     return StepPrice(time, rank_bytes(request, candidate, inner, bounds, modes), flops)
 
 
@@ -194,10 +194,14 @@ def _simulated(
         outer = outer_exposed_seconds(
             once, timeline.pipeline_s, runtime.outer_every, runtime.overlap_gradients
         )
+    bubble = max(0.0, timeline.pipeline_s - busy - sharded - sent)
+    waits = max(0.0, timeline.step_s - timeline.pipeline_s - last + sharded) + outer
+    if candidate.pp == 1:  # what it waits for are the parameters of its first layers
+        bubble, waits = 0.0, waits + bubble
     return {
-        "pipeline_bubble": max(0.0, timeline.pipeline_s - busy - sharded - sent),
+        "pipeline_bubble": bubble,
         "pipeline_p2p": sent,
-        "data_parallel": max(0.0, timeline.step_s - timeline.pipeline_s - last + sharded) + outer,
+        "data_parallel": waits,
         "optimizer": last,
     }
 
@@ -292,5 +296,9 @@ def transfer_seconds(request: Request, candidate: Candidate, carried_bytes: floa
 
 
 def _optimizer_seconds(request: Request, candidate: Candidate, rank: Sequence[StageWork]) -> float:
-    elements = sum(stage.parameters.sharded(candidate) for stage in rank)
+    held = Parameters()
+    for stage in rank:  # a tied parameter counts once
+        held.dense |= stage.parameters.dense
+        held.experts |= stage.parameters.experts
+    elements = held.sharded(candidate)
     return optimizer_step_seconds(request.cluster.device, elements, request.precision)

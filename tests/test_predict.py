@@ -180,3 +180,41 @@ def test_rare_averaging_of_replicas_is_cheaper() -> None:
     each = sw.predict(LLAMA, NODES, WORK, {}, runtime=sw.Runtime.preset("torch"))
     rare = sw.predict(LLAMA, NODES, WORK, {}, runtime=runtime)
     assert 0 < rare.time["data_parallel"] < each.time["data_parallel"]
+
+
+def test_what_was_predicted_before_changes_nothing() -> None:
+    """Types are kept between predictions, by all that they depend on."""
+    odd, even = sw.Workload(64, 2044), sw.Workload(64, 2048)
+    fix = {"tp": 8}
+    first = sw.predict(llama(), NODES, even, fix).step_seconds
+    model = llama()
+    sw.predict(model, NODES, odd, fix)
+    assert sw.predict(model, NODES, even, fix).step_seconds == first
+
+
+def test_tensor_parallel_plans_are_predicted_alike() -> None:
+    fix = {"tp": 8, "pp": 1, "zero": 1, "micro_batch": 2, "recompute": "none"}
+    plan = sw.plan(LLAMA, NODES, WORK, fix=fix)
+    again = sw.predict(LLAMA, NODES, WORK, fix)
+    assert again.step_seconds == pytest.approx(plan.predicted.step_seconds, rel=1e-9)
+
+
+def test_a_job_goes_at_the_pace_of_its_slowest_devices() -> None:
+    uniform = sw.Cluster.parse(NODES)
+    kept = uniform.model_dump()
+    slow = sw.Cluster.model_validate(kept | {"degraded": [{"nodes": [1], "compute_fraction": 0.5}]})
+    mixed = sw.Cluster.model_validate(
+        kept
+        | {
+            "islands": [
+                {"name": "new", "nodes": 1},
+                {"name": "old", "nodes": 1, "device": "v100"},
+            ]
+        }
+    )
+    work = sw.Workload(64, 2048, precision="fp16")
+    alone = sw.predict(LLAMA, uniform, work, {})
+    assert sw.predict(LLAMA, slow, work, {}).time["matmul"] > 1.8 * alone.time["matmul"]
+    both = sw.predict(LLAMA, mixed, work, {})
+    assert both.time["matmul"] > 2 * alone.time["matmul"]
+    assert both.memory_limit_bytes < alone.memory_limit_bytes

@@ -27,7 +27,7 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import published_runs  # noqa: E402
 from published import prior  # noqa: E402
 from published.architecture import dims_of  # noqa: E402
-from published.baseline import Baseline, executed_flops  # noqa: E402
+from published.baseline import Baseline, campaign, executed_flops  # noqa: E402
 from published.calibration import calibrated, choose  # noqa: E402
 from published.features import FEATURES, Timed, shares  # noqa: E402
 from published.predictors import Estimate, least_that_fits  # noqa: E402
@@ -519,9 +519,10 @@ def test_what_differs_between_clusters_is_learned() -> None:
 
 @needs_data
 def test_every_source_has_a_prior_without_it() -> None:
-    families = {run.family for path in TABLES for run in read_runs(path).rows if run.iter_time_s
-                and run.config_complete is not False}  # fmt: skip
-    assert set(prior._priors()) == {prior.NEW, *families}
+    sources = {campaign(run.family) for path in TABLES for run in read_runs(path).rows
+               if run.iter_time_s and run.config_complete is not False}  # fmt: skip
+    assert set(prior._priors()) == {prior.NEW, *sources}
+    assert prior.prior_for("vtrain-multi") == prior.prior_for("vtrain-single")
     assert prior.prior_for("a lab nobody knows") == prior._priors()[prior.NEW]
     for each in prior._priors().values():
         assert set(each.octaves) == set(FEATURES)

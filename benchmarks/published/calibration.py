@@ -47,7 +47,7 @@ def calibrated(
     """Calibrates with that many probes, or fewer where else fewer than LEAST rows would be left to
     report on; None where neither so many probes are left.
 
-    `prior` is by default the one that was learned without the rows' family.
+    `prior` is by default the one that was learned without the rows' source.
     """
     wanted, probes = probes, min(probes, len(rows) - LEAST)
     if probes < min(wanted, LEAST):

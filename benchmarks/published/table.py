@@ -135,7 +135,7 @@ def _calibrated(report: Report) -> Table:
         "Probes are chosen by configurations and predictions, before measured times are looked at. "
         "How far causes and configurations deviate in general (prior.yaml) is learned on the other "
         "sources by their likelihood, without any row of the one reported (vTrain's two tables are "
-        "two sources, of one laboratory). Probes: "
+        "one source); the form of the model was settled with all tables in sight. Probes: "
         + "; ".join(f"{each.source}: {', '.join(each.probes)}" for each in report.calibrated)
     )
     return table

@@ -11,13 +11,13 @@ norms and losses, `statics` and `views` tidy up, `segments` cuts the chain, `ass
 model and grows it back to full depth.
 """
 
-from .models import LoadedModel, load_model, trace_loaded, trace_spec
+from .models import LoadedModel, config_of, load_model, trace_loaded, trace_spec
 from .presets import preset_config, preset_names
 from .scaling import scale_config
 from .trace import trace
 from .widen import Widen
 
 __all__ = [
-    "LoadedModel", "Widen", "load_model", "preset_config", "preset_names", "scale_config", "trace",
-    "trace_loaded", "trace_spec",
+    "LoadedModel", "Widen", "config_of", "load_model", "preset_config", "preset_names",
+    "scale_config", "trace", "trace_loaded", "trace_spec",
 ]  # fmt: skip

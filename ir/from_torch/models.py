@@ -111,6 +111,22 @@ def trace_spec(spec: str | Path | Mapping[str, Any]) -> Model:
     return trace_loaded(load_model(spec))
 
 
+def config_of(spec: str) -> dict[str, Any] | None:
+    """The Hugging Face config behind a MODEL specification; None where it is a callable, or no
+    config at all (`load_model` says what is wrong with it then)."""
+    if spec in preset_names():
+        return preset_config(spec)
+    path = Path(spec)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return dict(found) if isinstance(found, dict) and "model_type" in found else None
+
+
 def _from_source(
     source: Mapping[str, Any], small: bool, tp: int, layers: int | None
 ) -> LoadedModel:
