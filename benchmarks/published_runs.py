@@ -35,8 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     options = _parser().parse_args(arguments)
     try:
+        runs = read_runs(options.runs)
+        for refused in runs.refused:
+            print(f"note: {refused}: left out", file=sys.stderr)
         found = evaluate(
-            read_runs(options.runs),
+            runs,
             predictor=options.predictor,
             only=options.only,
             source=options.source,

@@ -115,17 +115,19 @@ REQUIRED = (
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """The rows of one file, in its order."""
+    """The rows of one file, in its order; `refused` says of those that cannot be read why."""
 
     path: Path
     rows: tuple[Run, ...]
+    refused: tuple[str, ...] = ()
 
 
 def read_runs(path: str | Path) -> Runs:
     """Reads a CSV file of published runs.
 
-    Raises InvalidInput, in one line, for a file that cannot be read, a column or all rows missing,
-    a cell that is not what its column holds, and a row id that comes twice.
+    A row with a cell that is not what its column holds is refused, the others count. Raises
+    InvalidInput, in one line, for a file that cannot be read, a column or all rows missing, and a
+    row id that comes twice.
     """
     path = Path(path)
     try:
@@ -142,9 +144,14 @@ def read_runs(path: str | Path) -> Runs:
             + ", expected the columns of published_runs.csv in the first line"
         )
     rows: list[Run] = []
+    refused: list[str] = []
     lines: dict[str, int] = {}
     for cells in reader:
-        run = _row(path, reader.line_num, cells)
+        try:
+            run = _row(path, reader.line_num, cells)
+        except InvalidInput as error:
+            refused.append(str(error))
+            continue
         if run.row_id in lines:
             raise InvalidInput(
                 f"runs {path}, line {reader.line_num}: row_id {run.row_id!r} is that of line "
@@ -152,9 +159,11 @@ def read_runs(path: str | Path) -> Runs:
             )
         lines[run.row_id] = reader.line_num
         rows.append(run)
+    if not rows and refused:
+        raise InvalidInput(refused[0])
     if not rows:
         raise InvalidInput(f"runs {path}: no rows below the first line, expected one per run")
-    return Runs(path, tuple(rows))
+    return Runs(path, tuple(rows), tuple(refused))
 
 
 def _row(path: Path, line: int, cells: dict[Any, Any]) -> Run:

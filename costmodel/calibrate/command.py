@@ -60,7 +60,7 @@ def run_calibrate(
     wanted = _checked_dtypes(dtypes)
     check_writable(output)
     ranks: AbstractContextManager[Team]
-    if int(environ.get("WORLD_SIZE") or environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+    if (environ.get("WORLD_SIZE") or environ.get("SLURM_STEP_NUM_TASKS") or "1") != "1":
         ranks = team_of(launched(environ, "calibrate"), _JOIN_S, kind, debug)
     else:
         ranks = nullcontext(alone(kind))

@@ -64,6 +64,11 @@ class Repeats:
     noise: Noise
 
 
+_UNKNOWN_SIGMA = 1.0
+"""Spread where nothing was measured twice: any single measurement may be off by a factor of e, so
+nothing short of that stands out."""
+
+
 def repeats_of(samples: Array) -> Repeats:
     """Medians and noise of `samples` (rows, repeats), NaN where nothing was measured.
 
@@ -81,7 +86,7 @@ def repeats_of(samples: Array) -> Repeats:
     first, second = np.triu_indices(samples.shape[1], 1)
     apart = np.abs(logs[:, first] - logs[:, second])
     apart = apart[np.isfinite(apart)]
-    sigma = float(np.median(apart)) / (_MAD_PER_SIGMA * 2**0.5) if apart.size else 0.0
+    sigma = float(np.median(apart)) / (_MAD_PER_SIGMA * 2**0.5) if apart.size else _UNKNOWN_SIGMA
     deviation = np.abs(logs - np.log(median)[:, None])
     typical = float(np.median(counts[measured])) if measured.any() else 1.0
     outliers = int(np.nansum(deviation > max(_OUTLIER_SIGMAS * sigma, _LEAST_FRACTION)).sum())

@@ -73,7 +73,8 @@ def _remarks(found: Findings, measured: Measured) -> Iterator[str]:
     for link in found.slow_links[:_SHOWN]:
         a, b = (_rank(nodes, end) for end in link.ends)
         yield f"slow link: {a} to {b} takes {link.times_longer:.2f}x as long"
-    more = len(found.slow_links) + len(found.slow_node_links) - 2 * _SHOWN
+    lists = (found.slow_nodes, found.slow_devices, found.slow_node_links, found.slow_links)
+    more = sum(max(0, len(every) - _SHOWN) for every in lists)
     if more > 0:
         yield f"and more slow links: {more}, all in the cluster file"
     if not (found.slow_nodes or found.slow_devices or found.slow_links or found.slow_node_links):
