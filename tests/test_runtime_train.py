@@ -53,6 +53,26 @@ def trained(folder: Path, *arguments: object, **settings: Any) -> list[dict[str,
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
+LEAVING = """
+import atexit
+from pathlib import Path
+
+import data
+
+class Kept:
+    def __del__(self):
+        Path("taken-down").touch()
+
+kept = Kept()
+atexit.register(Path("hooked").touch)
+
+def batch(samples, inputs, seq_len, seed):
+    if not {well}:
+        raise ValueError("no more data")
+    return data.batch(samples, inputs, seq_len, seed)
+"""
+
+
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     """Four steps on one rank."""
@@ -164,6 +184,20 @@ def test_errors_are_one_line(
     last = [line for line in done.stderr.splitlines() if line.strip()][-1]
     assert message in last
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("well", [True, False], ids=["well", "failed"])
+def test_a_run_that_went_well_does_not_take_the_interpreter_down(
+    well: bool, tmp_path: Path
+) -> None:
+    # gloo's threads may ask for it while it goes down, which aborts the process
+    folder = write(tmp_path / "program")
+    (folder / "hook.py").write_text(LEAVING.format(well=well))
+    done = run(folder, 1, "--steps", 1, "--data", "hook:batch")
+    assert (done.returncode == 0) == well, done.stderr
+    assert ("step      1" in done.stdout) == well
+    assert (folder / "hooked").exists()  # what others want to run at the end still does
+    assert (folder / "taken-down").exists() != well
 
 
 @pytest.mark.parametrize("cut", ["[1:]", "[:, 1:]"], ids=["rows", "positions"])

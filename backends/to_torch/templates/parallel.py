@@ -9,8 +9,10 @@ tensor those are; initialisation, checkpoints and weight files all go by it.
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 _mesh: DeviceMesh | None = None
 _groups: dict[str, dist.ProcessGroup] = {}
+_left = False
 
 
 # --- the mesh ------------------------------------------------------------------------------------
@@ -75,6 +78,27 @@ def _join(ranks: int) -> None:
         dist.init_process_group("nccl", device_id=device())
     else:
         dist.init_process_group("gloo")
+        atexit.register(_end)  # the first hook that is registered is the last that runs
+
+
+def leave() -> None:
+    """Leaves the mesh; the last thing that a run does which went well."""
+    global _left
+    dist.destroy_process_group()
+    _left = True
+
+
+def _end() -> None:
+    """Ends the process without taking the interpreter down, if the run went well.
+
+    What DTensor caches keeps gloo's threads alive after `destroy_process_group`. One that has yet
+    to drop a tensor of the last collective asks for the interpreter; asked for while it goes down,
+    that aborts the process (pytorch issue 190489).
+    """
+    if _left:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def mesh() -> DeviceMesh:

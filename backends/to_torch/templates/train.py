@@ -89,7 +89,6 @@ def main() -> None:
         due = args.save_every and progress.step % args.save_every == 0
         if args.save and (due or progress.step == args.steps):
             save(args.save, stage, optimizer, progress)
-    dist.destroy_process_group()
 
 
 def adamw(stage: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
@@ -176,3 +175,4 @@ class Log:
 
 if __name__ == "__main__":
     main()
+    parallel.leave()
