@@ -24,8 +24,9 @@ from shardwright.costmodel import Cluster
 from shardwright.costmodel.precision import Precision
 from shardwright.ir import AxisType, Mesh, NdType
 from shardwright.ir.graph import Model
+from shardwright.planner.chain import Chain
 from shardwright.planner.costs import ModelCosts
-from shardwright.planner.sbp_program import Chain, Typing, solve
+from shardwright.planner.sbp_program import Typing, solve
 
 Pins = Mapping[str, Mapping[str, str]]
 """Value of the layer block → axis → SBP type."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..ir.graph import Dtype
@@ -45,6 +47,7 @@ class Precision(BaseModel):
         return _FIXED_BYTES[dtype]
 
     @staticmethod
+    @cache
     def preset(name: str) -> Precision:
         """`bf16`, `fp16`, `fp32`, `tf32`, `fp64`; raises InvalidInput with the nearest names."""
         entry = yaml_files.pick(yaml_files.packaged("precisions"), name, "precision")

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ir.errors import InvalidInput
-from ..ir.schedule import B, ScheduleTable, W
+from ..ir.schedule import B, Ints, ScheduleTable, W
 from .overlap import overlap_cost_fraction
 from .timeline import Timeline
 
@@ -221,11 +221,8 @@ def _gradients_end(table: ScheduleTable, sync: DataParallel, start: Array, end: 
         if not sync.overlapped:
             result[rank] = compute_end + sum(sync.gradients_s[stage] for stage in stages)
             continue
-        kinds = table.kind[here]
-        (done_at,) = np.nonzero((kinds == B) | (kinds == W))
-        last: dict[int, int] = {int(table.stage[here.start + i]): int(i) for i in done_at}
         free, hidden = gathers, _overlap(starts, ends, 0.0, gathers)
-        for stage, i in sorted(last.items(), key=lambda item: item[1]):
+        for stage, i in _last_backwards(table.kind[here], table.stage[here]):
             seconds = sync.gradients_s[stage]
             part, step = seconds / sync.buckets, (ends[i] - starts[i]) / sync.buckets
             # with equal parts, the first or the last to become ready decides
@@ -234,6 +231,15 @@ def _gradients_end(table: ScheduleTable, sync: DataParallel, start: Array, end: 
             free = done
         result[rank] = max(compute_end, free) + loss * hidden
     return result
+
+
+def _last_backwards(kinds: Ints, stages: Ints) -> list[tuple[int, int]]:
+    """A rank's stages and the positions of their last backwards among its actions, in order."""
+    (done_at,) = np.nonzero((kinds == B) | (kinds == W))
+    of_stage, from_end = np.unique(stages[done_at][::-1], return_index=True)
+    positions = done_at[len(done_at) - 1 - from_end]
+    order = np.argsort(positions)
+    return list(zip(of_stage[order].tolist(), positions[order].tolist(), strict=True))
 
 
 def _overlap(starts: Array, ends: Array, since: float, until: float) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 from typing import Any, Literal
 
@@ -188,7 +189,7 @@ class Pin:
     stage: int = -1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Model:
     """A traced model: preamble, distinct blocks, and the segments that call them in order.
 
@@ -213,6 +214,18 @@ class Model:
     def elements(self) -> int:
         """Number of parameters, tied ones once."""
         return sum(p.elements for p in self.parameters.values())
+
+    @cached_property
+    def tied(self) -> frozenset[str]:
+        """Names of parameters that are used several times."""
+        seen: set[str] = set()
+        again: set[str] = set()
+        for segment in self.segments:
+            again |= seen.intersection(segment.parameters)
+            seen.update(segment.parameters)
+            if len(set(segment.parameters)) < len(segment.parameters):
+                again |= {name for name in segment.parameters if segment.parameters.count(name) > 1}
+        return frozenset(again)
 
     def uses(self) -> dict[str, list[int]]:
         """Parameter name → the segments that use it (several for a tied parameter)."""

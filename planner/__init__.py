@@ -1,6 +1,7 @@
 """Floor 3: the search. It decides; it never measures and never emits.
 
 linear_program   integer programs as arrays, solved through OR-tools MathOpt
+chain            the distinct blocks of a model and how they follow each other
 signatures       signatures over several axes, views
 sbp_program      the types inside blocks, as an integer program
 costs            what that program pays: the cost model on a mesh

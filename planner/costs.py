@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from ..costmodel.cluster import Cluster
@@ -20,7 +20,7 @@ from ..costmodel.shards import local_sizes
 from ..costmodel.work import Work
 from ..ir.conversion import Collective, Step, steps
 from ..ir.from_dims.experts import SLOTS
-from ..ir.graph import Binding, Graph, Op, Value, bind
+from ..ir.graph import Binding, Dims, Dtype, Graph, Op, Value, bind
 from ..ir.mesh import Axis, Mesh
 from ..ir.optable import TABLE
 from ..ir.plan import Recompute
@@ -55,6 +55,29 @@ class PassWork:
 _NOTHING = Work()
 
 
+_Move = tuple[Dims, Dtype, bool, bool, NdType, NdType]
+"""What a conversion's price depends on: of its value the sizes, the dtype, whether it is a
+parameter and whether it has a gradient; the types."""
+
+
+def _move(value: Value, source: NdType, target: NdType) -> _Move:
+    return value.dims, value.dtype, value.role == "parameter", value.grad, source, target
+
+
+@dataclass(slots=True)
+class _Known:
+    """What has been priced so far; passes are forward and backward."""
+
+    experts: dict[str, ExpertPart] = field(default_factory=dict)
+    kernels: dict[str, Kernels] = field(default_factory=dict)
+    ops: dict[tuple[str, str, tuple[str | None, ...]], tuple[Work, Work]] = field(
+        default_factory=dict
+    )
+    moves: dict[_Move, tuple[Work, Work]] = field(default_factory=dict)
+    seconds: dict[tuple[Recompute, _Move], float] = field(default_factory=dict)
+    collectives: dict[tuple[Collective, str, int], float] = field(default_factory=dict)
+
+
 @dataclass(slots=True)
 class ModelCosts:
     """`sbp_program.Costs` of one microbatch on one rank, in seconds.
@@ -80,30 +103,43 @@ class ModelCosts:
     gather_parameters: bool = False
     memory_price_s_per_byte: float = 0.0
     state_bytes: int = 0
-    _experts: dict[str, ExpertPart] = field(default_factory=dict, init=False)
-    _kernels: dict[str, Kernels] = field(default_factory=dict, init=False)
-    _ops: dict[tuple[str, str, tuple[str | None, ...]], PassWork] = field(
-        default_factory=dict, init=False
-    )
-    _moves: dict[tuple[str, str, NdType, NdType], PassWork] = field(
-        default_factory=dict, init=False
-    )
-    _collectives: dict[tuple[Collective, str, int], float] = field(default_factory=dict, init=False)
+    _known: _Known = field(default_factory=lambda: _Known(), init=False)
+
+    def variant(
+        self,
+        recompute: Recompute | None = None,
+        memory_price_s_per_byte: float | None = None,
+        state_bytes: int | None = None,
+    ) -> ModelCosts:
+        """The same prices of ops and conversions under another recomputation or price of storage;
+        what is known of them is shared."""
+        price = memory_price_s_per_byte
+        other = replace(
+            self,
+            recompute=self.recompute if recompute is None else recompute,
+            memory_price_s_per_byte=self.memory_price_s_per_byte if price is None else price,
+            state_bytes=self.state_bytes if state_bytes is None else state_bytes,
+        )
+        other._known = self._known
+        return other
 
     def op(self, block: str, op: Op, signature: NdSignature) -> float:
         return self.op_work(block, op, signature).total_s
 
     def op_work(self, block: str, op: Op, signature: NdSignature) -> PassWork:
         """What an op takes, split as a signature says."""
-        key = (block, op.name, signature.factors)
-        if key not in self._ops:
-            self._ops[key] = self._op(block, op, signature)
-        return self._ops[key]
+        key, known = (block, op.name, signature.factors), self._known.ops
+        if key not in known:
+            known[key] = self._op(block, op, signature)
+        forward, backward = known[key]
+        again = runs_again(op, self.recompute, self.runtime)
+        return PassWork(forward, forward if again else _NOTHING, backward)
 
-    def _op(self, block: str, op: Op, signature: NdSignature) -> PassWork:
-        if block not in self._kernels:
-            self._kernels[block] = Kernels.of(self.graphs[block], self.precision, self.runtime)
-        kernels = self._kernels[block]
+    def _op(self, block: str, op: Op, signature: NdSignature) -> tuple[Work, Work]:
+        every = self._known.kernels
+        if block not in every:
+            every[block] = Kernels.of(self.graphs[block], self.precision, self.runtime)
+        kernels = every[block]
         inside = self.candidate is not None and op.name in self.expert_part(block).ops
         sizes = self._sizes(op, signature, inside)
         device, line = self.cluster.device, TABLE[op.kind]
@@ -117,19 +153,19 @@ class ModelCosts:
                 once = self._collective("all_reduce", axis.name, rows * 4)
                 work = Work.communication("tensor_parallel", once, self.runtime)
                 forward.add(work, _VOCABULARY_REDUCTIONS)
-        again = runs_again(op, self.recompute, self.runtime)
         backward = Work.of(device, kernels.backward(op, sizes), attention)
         if attention and self.candidate is not None and self.candidate.cp > 1:
             self._ring(op, sizes, forward, backward)
         if inside and line.work == "dispatch":
             self._exchange(block, op, forward, backward)
-        return PassWork(forward, forward if again else _NOTHING, backward)
+        return forward, backward
 
     def expert_part(self, block: str) -> ExpertPart:
         """What of a block belongs to experts."""
-        if block not in self._experts:
-            self._experts[block] = ExpertPart.of(self.graphs[block])
-        return self._experts[block]
+        known = self._known.experts
+        if block not in known:
+            known[block] = ExpertPart.of(self.graphs[block])
+        return known[block]
 
     def _sizes(self, op: Op, signature: NdSignature, inside: bool) -> dict[FactorName, int]:
         """A rank's iterations of the loops of an op; under context parallelism its queries attend
@@ -177,6 +213,14 @@ class ModelCosts:
     def conversion(self, block: str, value: Value, source: NdType, target: NdType) -> float:
         if source == target:
             return 0.0
+        key, known = (self.recompute, _move(value, source, target)), self._known.seconds
+        if key not in known:
+            known[key] = self._conversion_seconds(block, value, source, target)
+        return known[key]
+
+    def _conversion_seconds(
+        self, block: str, value: Value, source: NdType, target: NdType
+    ) -> float:
         path = steps(source, target)
         if any(_dominated(step) for step in path):
             return float("inf")
@@ -187,27 +231,29 @@ class ModelCosts:
 
     def conversion_work(self, block: str, value: Value, source: NdType, target: NdType) -> PassWork:
         """What a conversion takes, and its dual in the backward pass."""
-        key = (block, value.name, source, target)
-        if key not in self._moves:
-            slots = self.candidate is not None and any(SLOTS in dim for dim in value.dims)
-            self._moves[key] = (
-                PassWork(_NOTHING, _NOTHING, _NOTHING)  # priced with dispatch and combine
-                if slots
-                else self._conversion(value, source, target)
-            )
-        return self._moves[key]
-
-    def _conversion(self, value: Value, source: NdType, target: NdType) -> PassWork:
+        if self.candidate is not None and any(SLOTS in dim for dim in value.dims):
+            return PassWork(_NOTHING, _NOTHING, _NOTHING)  # priced with dispatch and combine
+        key, known = _move(value, source, target), self._known.moves
         path = steps(source, target)
+        if key not in known:
+            known[key] = self._conversion(value, source, path)
+        forward, backward = known[key]
+        again = self._converts_again(value, path)
+        return PassWork(forward, forward if again else _NOTHING, backward)
+
+    def _converts_again(self, value: Value, path: Sequence[Step]) -> bool:
+        """Whether a conversion on the way runs again before the backward pass: all but reductions
+        that selective recomputation keeps."""
         parameter = value.role == "parameter"
         gathered = parameter and any(step.forward == "all_gather" for step in path)
-        # Conversions on the way run again, except reductions that selective recomputation keeps.
-        again = gathered or (self.recompute != "none" and not parameter)
         if self.recompute == "selective" and self.runtime.selective == "core-attention":
-            again = gathered
+            return gathered
+        return gathered or (self.recompute != "none" and not parameter)
+
+    def _conversion(self, value: Value, source: NdType, path: Sequence[Step]) -> tuple[Work, Work]:
         element = self.precision.element_bytes(value.dtype)
         # gradients of parameters are reduced in the dtype they are accumulated in
-        gradient = self.precision.gradient_bytes if parameter else element
+        gradient = self.precision.gradient_bytes if value.role == "parameter" else element
         forward, backward = Work(), Work()
         state = source
         for step in path:
@@ -216,7 +262,7 @@ class ModelCosts:
             if value.grad:
                 backward.add(self._communication(step.backward, step.axis, full * gradient))
             state = state.replace(step.axis, step.target)
-        return PassWork(forward, forward if again else _NOTHING, backward)
+        return forward, backward
 
     def _communication(self, kind: Collective, axis: str, full_bytes: int) -> Work:
         seconds = self._collective(kind, axis, full_bytes)
@@ -234,11 +280,11 @@ class ModelCosts:
     def _collective(self, kind: Collective, axis: str, full_bytes: int) -> float:
         if kind == "none" or kind == "slice" or kind == "keep_one" or kind == "pad":
             return 0.0
-        key = (kind, axis, full_bytes)
-        if key not in self._collectives:
+        key, known = (kind, axis, full_bytes), self._known.collectives
+        if key not in known:
             group = Group(self.mesh[axis].size, self.mesh.stride(axis))
-            self._collectives[key] = collective_seconds(self.cluster, kind, full_bytes, group)
-        return self._collectives[key]
+            known[key] = collective_seconds(self.cluster, kind, full_bytes, group)
+        return known[key]
 
     def storage(self, block: str, value: Value, kind: NdType) -> float:
         if not self.memory_price_s_per_byte:

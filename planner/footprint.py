@@ -5,6 +5,7 @@ What `plan` and `predict` compare with the memory of a device; the parts come fr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -33,33 +34,66 @@ Shapes = Mapping[tuple[int, int], int]
 """Products' weights: (outputs, inputs) → elements."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Parameters:
-    """Elements that a rank computes with, by parameter name: of dense layers and of experts, which
-    have different copies to be kept equal."""
+    """Elements that a rank computes with, of dense layers and of experts, which have different
+    copies to be kept equal. `tied` are those of parameters that the model uses several times, by
+    name (elements, whether of an expert): they count once on a rank.
+    """
 
-    dense: dict[str, int] = field(default_factory=dict)
-    experts: dict[str, int] = field(default_factory=dict)
+    dense_once: int = 0
+    experts_once: int = 0
+    tied: Mapping[str, tuple[int, bool]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(request: Request, inner: Inner, first: int, last: int) -> Parameters:
+        """Those of segments first ... last-1."""
+        model, dense, experts = request.model, 0, 0
+        tied: dict[str, tuple[int, bool]] = {}
+        for block, count in Counter(s.block for s in model.segments[first:last]).items():
+            inside, sizes = inner.expert_parameters[block], inner.local_parameters[block]
+            own = model.blocks[block].parameters
+            of_experts = sum(n for name, n in zip(own, sizes, strict=True) if name in inside)
+            experts += count * of_experts
+            dense += count * (sum(sizes) - of_experts)
+        for segment in model.segments[first:last] if model.tied else ():
+            inside, sizes = (
+                inner.expert_parameters[segment.block],
+                inner.local_parameters[segment.block],
+            )
+            own = model.blocks[segment.block].parameters
+            for outer, name, size in zip(segment.parameters, own, sizes, strict=True):
+                if outer in model.tied:
+                    tied[outer] = size, name in inside
+                    experts -= size * (name in inside)
+                    dense -= size * (name not in inside)
+        return Parameters(dense, experts, tied)
+
+    def __or__(self, other: Parameters) -> Parameters:
+        """Those of both on one rank."""
+        return Parameters(
+            self.dense_once + other.dense_once,
+            self.experts_once + other.experts_once,
+            {**self.tied, **other.tied},
+        )
+
+    @property
+    def dense(self) -> int:
+        return self.dense_once + sum(n for n, expert in self.tied.values() if not expert)
+
+    @property
+    def experts(self) -> int:
+        return self.experts_once + sum(n for n, expert in self.tied.values() if expert)
 
     @property
     def elements(self) -> int:
-        return sum(self.dense.values()) + sum(self.experts.values())
+        return self.dense + self.experts
 
     def sharded(self, candidate: Candidate) -> float:
         """Elements whose optimizer state a rank has."""
         if candidate.zero == 0:
             return self.elements
-        dense, experts = sum(self.dense.values()), sum(self.experts.values())
-        return dense / candidate.shards + experts / candidate.expert_shards
-
-    def add(self, request: Request, inner: Inner, first: int, last: int) -> None:
-        """Adds those of segments first ... last-1; one used twice counts once."""
-        for segment in request.model.segments[first:last]:
-            graph = request.model.blocks[segment.block]
-            experts = inner.expert_parameters[segment.block]
-            sizes = inner.local_parameters[segment.block]
-            for name, own, size in zip(segment.parameters, graph.parameters, sizes, strict=True):
-                (self.experts if own in experts else self.dense)[name] = size
+        return self.dense / candidate.shards + self.experts / candidate.expert_shards
 
 
 def rank_bytes(
@@ -79,14 +113,17 @@ def rank_bytes(
     placement = schedule_placement(
         candidate.schedule, candidate.pp, candidate.microbatches, candidate.vpp
     )
+    stages_of: list[list[int]] = [[] for _ in range(candidate.pp)]
+    for stage, rank in enumerate(placement):
+        stages_of[rank].append(stage)
     found = []
-    for rank in range(candidate.pp):
+    for rank, stages in enumerate(stages_of):
         parameters, calls, outputs = Parameters(), [], 0
         used: set[str] = set()
-        for stage in (stage for stage, owner in enumerate(placement) if owner == rank):
+        for stage in stages:
             first, last = bounds[stage], bounds[stage + 1]
             segments = model.segments[first:last]
-            parameters.add(request, inner, first, last)
+            parameters |= Parameters.of(request, inner, first, last)
             used |= {segment.block for segment in segments}
             calls += [
                 inner.costs[s.block, mode].memory
@@ -99,12 +136,10 @@ def rank_bytes(
         if request.runtime.placeholder_gradients:
             distinct = {shape: n for block in used for shape, n in shapes[block].items()}
             buffers += sum(distinct.values()) * request.precision.compute_bytes
-        state = rank_state(
-            request.precision, candidate, sum(parameters.dense.values()), request.runtime
-        )
+        state = rank_state(request.precision, candidate, parameters.dense, request.runtime)
         if parameters.experts:
             state += _state(
-                request.precision, candidate, sum(parameters.experts.values()), request.runtime,
+                request.precision, candidate, parameters.experts, request.runtime,
                 candidate.expert_shards,
             )  # fmt: skip
         found.append(
@@ -160,8 +195,8 @@ def _flat_buffers(request: Request, candidate: Candidate, parameters: Parameters
     if not request.runtime.flat_optimizer:
         return 0
     groups = (
-        (sum(parameters.dense.values()), candidate.shards),
-        (sum(parameters.experts.values()), candidate.expert_shards),
+        (parameters.dense, candidate.shards),
+        (parameters.experts, candidate.expert_shards),
     )
     accumulated = _accumulated_bytes(request.precision, candidate, request.runtime)
     return sum(

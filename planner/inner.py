@@ -22,9 +22,10 @@ from ..ir.mesh import Axis, Mesh
 from ..ir.optable import TABLE
 from ..ir.plan import Annotation, OpTypes, Recompute
 from ..ir.types import AxisType, NdType
+from .chain import Chain
 from .costs import ModelCosts
 from .linear_program import Solver
-from .sbp_program import Chain, Typing, solve
+from .sbp_program import SbpProgram, Typing
 from .signatures import NdSignature, is_view
 
 MODES: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -129,8 +130,9 @@ def chosen_types(
 ) -> tuple[Mapping[str, Annotation], float, str]:
     """The types of all blocks, the least seconds any types take, and how the program was solved.
 
-    Two programs: one for time alone, whose objective is the bound, and one in which bytes of
-    parameter state cost what recomputation would pay for them.
+    One program under two prices: time alone, whose objective is the bound, and, unless that keeps
+    as few bytes of parameters as can be anyway, bytes of parameter state at what recomputation
+    would pay for them.
     """
     # Idle time around collectives is the same for every layout of a kind of block but for how many
     # there are; that should not outweigh the memory a split saves, so the programs do not see it.
@@ -138,13 +140,15 @@ def chosen_types(
     plain = replace(costs, runtime=seen, candidate=None)
     precision, mesh, binding = plain.precision, plain.mesh, plain.binding
     divisible = {**binding, "b": 1}  # sequences are split by the data-parallel axis alone
-    fastest = solve(chain, plain.axes, divisible, plain, solver)
+    program = SbpProgram(chain, plain.axes, divisible, plain)
+    fastest = program.solve(plain.storage, solver)
     chosen = fastest
-    if prod(axis.size for axis in plain.axes) > 1:
-        state = precision.compute_bytes + precision.gradient_bytes + precision.optimizer_bytes
+    state = precision.compute_bytes + precision.gradient_bytes + precision.optimizer_bytes
+    kept_bytes = plain.variant(memory_price_s_per_byte=1.0, state_bytes=state)
+    if not program.keeps_least(fastest, kept_bytes.storage):
         price = _recompute_rate(chain, fastest, plain, mesh, binding, precision)
-        thrifty_costs = replace(plain, memory_price_s_per_byte=price, state_bytes=state)
-        thrifty = solve(chain, plain.axes, divisible, thrifty_costs, solver)
+        priced = kept_bytes.variant(memory_price_s_per_byte=price)
+        thrifty = program.solve(priced.storage, solver)
         seconds = sum(evaluate(chain, thrifty.annotations, plain).values())
         if seconds <= fastest.objective * (1 + MEMORY_PREFERENCE):
             chosen = thrifty
@@ -200,7 +204,7 @@ def price_blocks(
     found: dict[tuple[str, Recompute], BlockCost] = {}
     measured = costs.cluster.device.host_s_per_call
     for mode in modes:
-        pricing = replace(costs, recompute=mode)
+        pricing = costs.variant(recompute=mode)
         for block, graph in chain.blocks.items():
             passes = block_work(chain, block, annotations[block], pricing)
             passes.backward.add(passes.again)
@@ -380,7 +384,7 @@ def _recompute_rate(
 ) -> float:
     """Seconds per byte at which full recomputation buys activation memory, over all blocks."""
     seconds = saved = 0.0
-    slow = replace(plain, recompute="full")
+    slow = plain.variant(recompute="full")
     before = evaluate(chain, fastest.annotations, plain)
     after = evaluate(chain, fastest.annotations, slow)
     for block, graph in chain.blocks.items():

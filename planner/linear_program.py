@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,11 @@ _SOLVERS = {
 _LARGEST_COST = 1e4
 """Costs are scaled so that the largest is this: solvers stop at reduced costs of 1e-7, and seconds
 of a conversion are no larger."""
+_NOTHING: mathopt.SparseVectorFilter[Any] = mathopt.SparseVectorFilter(filtered_items=())
+_VALUES = mathopt.ModelSolveParameters(dual_values_filter=_NOTHING, reduced_costs_filter=_NOTHING)
+"""Only values of variables are read back: turning duals into objects takes as long as the solve."""
+_WORTH_PRESOLVING = 2000
+"""Variables below which HiGHS takes longer to presolve a relaxation than to solve it."""
 INTEGRAL = 1e-6
 """Distance from an integer below which a value of the relaxation counts as integral."""
 
@@ -55,6 +60,7 @@ class LinearProgram:
     _coefficients: list[float] = field(default_factory=list)
     _lower: list[float] = field(default_factory=list)
     _upper: list[float] = field(default_factory=list)
+    _made: tuple[tuple[int, int, int], model_pb2.ModelProto] | None = None
 
     def variable(self, cost: float = 0.0, integer: bool = False) -> int:
         """A new variable in [0, 1]; returns its index."""
@@ -77,26 +83,36 @@ class LinearProgram:
         """(variables, of them integer, constraints)."""
         return len(self._costs), sum(self._integer), len(self._lower)
 
-    def solve(self, solver: Solver = "highs") -> Solution:
+    @property
+    def costs(self) -> NDArray[np.float64]:
+        """A copy of the variables' costs."""
+        return np.array(self._costs)
+
+    def solve(self, solver: Solver = "highs", costs: NDArray[np.float64] | None = None) -> Solution:
         """The optimum: the relaxation where it is integral, otherwise the whole as a MIP.
 
-        Raises Infeasible where there is none. GLOP solves relaxations only: a fractional one goes
-        to HiGHS then.
+        `costs` stand in for the variables' own. Raises Infeasible where there is none. GLOP solves
+        relaxations only: a fractional one goes to HiGHS then.
         """
-        relaxed = self._solve(solver, integer=False)
+        costs = self.costs if costs is None else costs
+        relaxed = self._solve(solver, costs, integer=False)
         flags = np.asarray(self._integer)
         inside = relaxed.values[flags]
         if bool(np.all(np.abs(inside - np.round(inside)) <= INTEGRAL)):
             return Solution(relaxed.values, relaxed.objective, relaxed.objective, "integral")
-        return self._solve("highs" if solver == "glop" else solver, integer=True)
+        return self._solve("highs" if solver == "glop" else solver, costs, integer=True)
 
-    def _solve(self, solver: Solver, integer: bool) -> Solution:
-        model = mathopt.Model.from_model_proto(self._proto(integer))
+    def _solve(self, solver: Solver, costs: NDArray[np.float64], integer: bool) -> Solution:
+        largest = float(np.abs(costs).max(initial=0.0))
+        scale = _LARGEST_COST / largest if largest > 0 else 1.0
+        model = mathopt.Model.from_model_proto(self._proto(costs * scale, integer))
         # A fixed seed and no time limit: the same program always gives the same plan.
         parameters = mathopt.SolveParameters(random_seed=1, relative_gap_tolerance=0.0)
         if not integer:
-            parameters = mathopt.SolveParameters(random_seed=1)
-        result = mathopt.solve(model, _SOLVERS[solver], params=parameters)
+            small = len(costs) < _WORTH_PRESOLVING
+            presolve = mathopt.Emphasis.OFF if small else None
+            parameters = mathopt.SolveParameters(random_seed=1, presolve=presolve)
+        result = mathopt.solve(model, _SOLVERS[solver], params=parameters, model_params=_VALUES)
         reason = result.termination.reason
         if reason in (
             mathopt.TerminationReason.INFEASIBLE,
@@ -107,24 +123,29 @@ class LinearProgram:
             raise ShardwrightError(f"{solver} stopped without an optimum: {result.termination}")
         variables = list(model.variables())
         values = np.asarray(result.variable_values(variables), dtype=np.float64)
-        bound = result.dual_bound() / self._scale()
-        return Solution(values, float(np.dot(self._costs, values)), bound, "mip")
+        bound = result.dual_bound() / scale
+        return Solution(values, float(np.dot(costs, values)), bound, "mip")
 
-    def _scale(self) -> float:
-        largest = max((abs(cost) for cost in self._costs), default=0.0)
-        return _LARGEST_COST / largest if largest > 0 else 1.0
+    def _proto(self, costs: NDArray[np.float64], integer: bool) -> model_pb2.ModelProto:
+        proto = model_pb2.ModelProto()
+        proto.CopyFrom(self._constraints())
+        if integer:
+            proto.variables.integers[:] = self._integer
+        present = np.nonzero(costs)[0]
+        proto.objective.linear_coefficients.ids.extend(present.tolist())
+        proto.objective.linear_coefficients.values.extend(costs[present].tolist())
+        return proto
 
-    def _proto(self, integer: bool) -> model_pb2.ModelProto:
-        count, rows = len(self._costs), len(self._lower)
+    def _constraints(self) -> model_pb2.ModelProto:
+        """The relaxation without its objective; made anew when the program has grown."""
+        count, rows, entries = len(self._costs), len(self._lower), len(self._rows)
+        if self._made is not None and self._made[0] == (count, rows, entries):
+            return self._made[1]
         proto = model_pb2.ModelProto()
         proto.variables.ids.extend(range(count))
         proto.variables.lower_bounds.extend([0.0] * count)
         proto.variables.upper_bounds.extend([1.0] * count)
-        proto.variables.integers.extend(self._integer if integer else [False] * count)
-        costs = np.asarray(self._costs) * self._scale()
-        present = np.nonzero(costs)[0]
-        proto.objective.linear_coefficients.ids.extend(present.tolist())
-        proto.objective.linear_coefficients.values.extend(costs[present].tolist())
+        proto.variables.integers.extend([False] * count)
         proto.linear_constraints.ids.extend(range(rows))
         proto.linear_constraints.lower_bounds.extend(self._lower)
         proto.linear_constraints.upper_bounds.extend(self._upper)
@@ -135,4 +156,5 @@ class LinearProgram:
         proto.linear_constraint_matrix.row_ids.extend((unique // count).tolist())
         proto.linear_constraint_matrix.column_ids.extend((unique % count).tolist())
         proto.linear_constraint_matrix.coefficients.extend(summed.tolist())
+        self._made = (count, rows, entries), proto
         return proto

@@ -18,12 +18,13 @@ from ..ir.mesh import Axis, Mesh
 from ..ir.plan import Annotation, Recompute, Strategy
 from ..ir.schedule_rows import default_vpp, schedule_placement
 from .candidates import Candidate
+from .chain import Chain
 from .costs import ModelCosts
 from .fix import Fix
 from .inner import Inner, chosen_types, inner_of, splits_anything, sub_axes
 from .report import prediction_text, stored
 from .request import Request, bounds_of, pinned_types, repeated
-from .sbp_program import Chain, solve
+from .sbp_program import solve
 from .step import placement_of, price_step
 
 Types = Mapping[str, Annotation]

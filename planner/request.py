@@ -100,12 +100,18 @@ class Request:
     def _check_positions(self) -> None:
         """A table of learned positions must have a row for every token of a sequence."""
         made = self.model.preamble.producer()
+        looking_up = {
+            block: [op for op in graph.ops if op.kind == "embedding"]
+            for block, graph in self.model.blocks.items()
+        }
         for segment in self.model.segments:
+            if not looking_up[segment.block]:
+                continue
             graph = self.model.blocks[segment.block]
             outer = dict(zip(graph.inputs, segment.inputs, strict=True))
             names = dict(zip(graph.parameters, segment.parameters, strict=True))
-            for op in graph.ops:
-                ids = outer.get(op.operands[1], "") if op.kind == "embedding" else ""
+            for op in looking_up[segment.block]:
+                ids = outer.get(op.operands[1], "")
                 while ids in made and made[ids][0].kind in ("shift", "reshape", "expand"):
                     ids = made[ids][0].operands[0]
                 if ids not in made or made[ids][0].kind != "positions":

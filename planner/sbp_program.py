@@ -14,17 +14,20 @@ al., 2022) and PyTorch AutoParallel, with transport variables per edge in place 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from math import prod
 from typing import Literal, Protocol
 
+import numpy as np
+
 from ..ir import Infeasible
-from ..ir.graph import Binding, Graph, Model, Op, Value
+from ..ir.graph import Binding, Graph, Op, Value
 from ..ir.mesh import Axis
 from ..ir.plan import Annotation, OpTypes
 from ..ir.types import AxisType, I, NdType, P, R, S
+from .chain import Chain
 from .linear_program import LinearProgram, Solver
 from .signatures import Alias, NdSignature, aliases, is_view, nd_signatures, storage_types
 
@@ -40,64 +43,6 @@ class Costs(Protocol):
 
     def storage(self, block: str, value: Value, kind: NdType) -> float:
         """Price of keeping a parameter (or a saved activation) in this type."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """The distinct blocks of a model and how they follow each other.
-
-    `counts`: occurrences of each block. `links`: ((block, output value), (block, input value))
-    pairs that meet at a boundary. `free`: per block the inputs that are whole on every rank and
-    carry no gradient. `losses`: per block the outputs that are scalars of the loss. `tied`: groups
-    of (block, parameter) that are one logical parameter. `pins`: types fixed from outside, by
-    (block, value). `sequence_split`: whether blocks hand on values split along the sequence
-    (False: they hand them on whole, and split nothing along it; None: as is cheapest).
-    """
-
-    blocks: Mapping[str, Graph]
-    counts: Mapping[str, int]
-    links: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = ()
-    free: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    losses: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    tied: tuple[tuple[tuple[str, str], ...], ...] = ()
-    pins: Mapping[tuple[str, str], Mapping[str, AxisType]] = field(default_factory=dict)
-    sequence_split: bool | None = None
-
-    @staticmethod
-    def of(
-        model: Model, pins: Mapping[tuple[str, str], Mapping[str, AxisType]] | None = None
-    ) -> Chain:
-        """The chain of a traced model."""
-        counts: dict[str, int] = defaultdict(int)
-        maker: dict[str, tuple[str, str]] = {}
-        links: dict[tuple[tuple[str, str], tuple[str, str]], None] = {}
-        free: dict[str, set[str]] = defaultdict(set)
-        losses: dict[str, set[str]] = defaultdict(set)
-        users: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)
-        for segment in model.segments:
-            name, graph = segment.block, model.blocks[segment.block]
-            counts[name] += 1
-            for outer, inner in zip(segment.inputs, graph.inputs, strict=True):
-                if outer in maker:
-                    links[maker[outer], (name, inner)] = None
-                else:
-                    free[name].add(inner)
-            for outer, inner in zip(segment.outputs, graph.outputs, strict=True):
-                maker[outer] = (name, inner)
-                if outer in model.loss:
-                    losses[name].add(inner)
-            for outer, inner in zip(segment.parameters, graph.parameters, strict=True):
-                users[outer][name, inner] = None
-        tied = {tuple(uses) for uses in users.values() if len(uses) > 1}
-        return Chain(
-            model.blocks,
-            dict(counts),
-            tuple(links),
-            {b: frozenset(v) for b, v in free.items()},
-            {b: frozenset(v) for b, v in losses.items()},
-            tuple(sorted(tied)),
-            dict(pins or {}),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,31 +62,24 @@ def solve(
 
     Raises Infeasible where none exists (pins that contradict each other or do not divide).
     """
-    builder = _Builder(chain, tuple(axes), binding, costs)
-    solution = builder.program.solve(solver)
-    chosen = {i for i, value in enumerate(solution.values) if value > 0.5}
-    return Typing(
-        {block: builder.annotation(block, chosen) for block in chain.blocks},
-        solution.objective + builder.constant,
-        solution.method,
-        builder.program.size,
-    )
+    return SbpProgram(chain, tuple(axes), binding, costs).solve(costs.storage, solver)
 
 
 _Port = tuple[str, str]
+Storage = Callable[[str, Value, NdType], float]
+"""`Costs.storage`."""
 Marginal = dict[NdType, list[int]]
 """Type → the variables whose sum says that the type is taken."""
 
 
-class _Builder:
-    """Assembles the program; keeps what is needed to read the solution back."""
+class SbpProgram:
+    """The program of a chain, assembled; it can be solved under several prices of storage."""
 
     def __init__(
         self, chain: Chain, axes: tuple[Axis, ...], binding: Binding, costs: Costs
     ) -> None:
         self.chain, self.axes, self.binding, self.costs = chain, axes, binding, costs
         self.program = LinearProgram()
-        self.constant = 0.0
         self.whole = NdType.uniform(tuple(a.name for a in axes), R)
         self.views = {block: aliases(graph) for block, graph in chain.blocks.items()}
         self.pins: dict[_Port, dict[str, tuple[AxisType, ...]]] = defaultdict(dict)
@@ -150,8 +88,12 @@ class _Builder:
             for axis, kinds in self._base_pins(*place).items():
                 pins[axis] = tuple(k for k in pins.get(axis, kinds) if k in kinds)
         self.choices: dict[tuple[str, str], list[tuple[NdSignature, int]]] = {}
+        self._storable: dict[_Port, list[NdType]] = {}  # types of parameters with one reader
         self.kept: dict[_Port, dict[NdType, int]] = {}  # stored tied parameters, inputs, outputs
-        self.folded: dict[tuple[_Port, NdType], NdType] = {}  # parameter read as t → stored as
+        # parameter with one reader, read as t → how it may be stored, and the seconds from there
+        self.ways: dict[tuple[_Port, NdType], list[tuple[NdType, float]]] = {}
+        self.reads: list[tuple[int, float, tuple[_Port, NdType]]] = []  # variable, weight, read
+        self.stored: list[tuple[int, float, _Port, NdType]] = []  # variable, weight, kept as
         tied = {use for group in chain.tied for use in group}
         for block in chain.blocks:
             self._keep_boundary(block)
@@ -191,11 +133,57 @@ class _Builder:
             found |= dict.fromkeys(axes, tuple(kinds))
         return found
 
+    def solve(self, storage: Storage, solver: Solver = "highs") -> Typing:
+        """The cheapest typing where keeping a parameter in a type costs what `storage` says."""
+        costs = self.program.costs
+        for variable, weight, (block, name), kind in self.stored:
+            value = self.chain.blocks[block].values[name]
+            costs[variable] += weight * storage(block, value, kind)
+        folded: dict[tuple[_Port, NdType], tuple[float, str, NdType]] = {}
+        for ((block, name), read), ways in self.ways.items():
+            if not ways:
+                continue
+            value = self.chain.blocks[block].values[name]
+            folded[(block, name), read] = min(
+                (seconds + storage(block, value, kind), str(kind), kind) for kind, seconds in ways
+            )
+        for variable, weight, read_as in self.reads:
+            costs[variable] += weight * folded[read_as][0]
+        solution = self.program.solve(solver, costs)
+        chosen = set(np.flatnonzero(solution.values > 0.5).tolist())
+        kept_as = {read_as: kind for read_as, (_, _, kind) in folded.items()}
+        return Typing(
+            {block: self._annotation(block, chosen, kept_as) for block in self.chain.blocks},
+            solution.objective,
+            solution.method,
+            self.program.size,
+        )
+
+    def keeps_least(self, typing: Typing, storage: Storage) -> bool:
+        """Whether a typing stores every parameter as cheaply as any typing could."""
+        options: dict[_Port, set[NdType]] = defaultdict(set)
+        for _, _, port, kind in self.stored:
+            options[port].add(kind)
+        for (port, _), ways in self.ways.items():
+            options[port].update(kind for kind, _ in ways)
+        for (block, name), kinds in options.items():
+            graph = self.chain.blocks[block]
+            value, at = graph.values[name], graph.parameters.index(name)
+            least = min(storage(block, value, kind) for kind in kinds)
+            if storage(block, value, typing.annotations[block].parameters[at]) > least:
+                return False
+        return True
+
     # --- variables -------------------------------------------------------------------------------
 
-    def _one_hot(self, costs: Mapping[NdType, float]) -> dict[NdType, int]:
-        chosen = {kind: self.program.variable(cost, integer=True) for kind, cost in costs.items()}
+    def _one_hot(
+        self, kinds: Sequence[NdType], stored: _Port | None = None, weight: float = 1.0
+    ) -> dict[NdType, int]:
+        """One variable per type, of which one is 1; of a parameter, what it is stored as."""
+        chosen = {kind: self.program.variable(integer=True) for kind in kinds}
         self.program.row([(v, 1.0) for v in chosen.values()], 1.0, 1.0)
+        if stored is not None:
+            self.stored += [(v, weight, stored, kind) for kind, v in chosen.items()]
         return chosen
 
     def _allowed(self, block: str, value: str, kinds: Sequence[NdType]) -> list[NdType]:
@@ -217,15 +205,14 @@ class _Builder:
         for name in graph.inputs:
             if name not in free:
                 kinds = self._handed_on(graph.values[name])
-                kinds = tuple(self._allowed(block, name, kinds))
-                self.kept[block, name] = self._one_hot(dict.fromkeys(kinds, 0.0))
+                self.kept[block, name] = self._one_hot(self._allowed(block, name, kinds))
         for name in graph.outputs:
             value = graph.values[name]
             if name in self.chain.losses.get(block, frozenset()):
                 kinds = _loss_types(value, self.axes)
             else:
                 kinds = self._handed_on(value)
-            self.kept[block, "out:" + name] = self._one_hot(dict.fromkeys(kinds, 0.0))
+            self.kept[block, "out:" + name] = self._one_hot(kinds)
 
     def _handed_on(self, value: Value) -> tuple[NdType, ...]:
         """Types in which a value can pass from block to block. Raises Infeasible where it cannot
@@ -255,9 +242,7 @@ class _Builder:
         kinds = storage_types(value, self.axes, self.binding)
         for use in group:
             kinds = tuple(self._allowed(use[0], use[1], kinds))
-        # one logical parameter is stored once
-        costs = {kind: self.costs.storage(block, value, kind) for kind in kinds}
-        chosen = self._one_hot(costs)
+        chosen = self._one_hot(kinds, (block, name))  # one logical parameter is stored once
         for use in group:
             self.kept[use] = chosen
 
@@ -281,47 +266,46 @@ class _Builder:
                 kinds = self._allowed(block, op.results[i], [s.results[i] for s in options])
                 options = tuple(s for s in options if s.results[i] in set(kinds))
             chosen: list[tuple[NdSignature, int]] = []
+            weight = self.chain.counts[block]
             for signature in options:
-                cost = self.costs.op(block, op, signature)
+                reads: list[tuple[_Port, NdType]] = []
                 for k, operand in enumerate(op.operands):
                     alias = self.views[block].get(operand)
                     base = alias.base if alias else operand
                     if base in single:
                         read = signature.operands[k]
-                        read = alias.base_type(read) if alias else read
-                        extra = self._fold(block, graph.values[base], read)
-                        cost = cost + extra if extra is not None else float("inf")
-                if cost < float("inf"):
-                    weighted = cost * self.chain.counts[block]
-                    chosen.append((signature, self.program.variable(weighted, integer=True)))
+                        reads.append(((block, base), alias.base_type(read) if alias else read))
+                if all(self._can_store(graph, *read_as) for read_as in reads):
+                    cost = weight * self.costs.op(block, op, signature)
+                    if cost < float("inf"):
+                        variable = self.program.variable(cost, integer=True)
+                        chosen.append((signature, variable))
+                        self.reads += [(variable, weight, read_as) for read_as in reads]
             if not chosen:
                 raise Infeasible(f"op {op.name} of {block}: no sharding fits the pins")
             self.choices[block, op.name] = chosen
             self.program.row([(v, 1.0) for _, v in chosen], 1.0, 1.0)
         for name in graph.parameters:
             if name not in single and (block, name) not in self.kept:
-                value = graph.values[name]
-                kinds = self._allowed(block, name, storage_types(value, self.axes, self.binding))
-                price = self.chain.counts[block]
+                stored = storage_types(graph.values[name], self.axes, self.binding)
                 self.kept[block, name] = self._one_hot(
-                    {kind: price * self.costs.storage(block, value, kind) for kind in kinds}
+                    self._allowed(block, name, stored), (block, name), self.chain.counts[block]
                 )
 
-    def _fold(self, block: str, value: Value, read: NdType) -> float | None:
-        """Cost of a parameter with one reader: the best stored type for the type that is read."""
-        best: tuple[float, str, NdType] | None = None
-        for kind in self._allowed(block, value.name, self._stored(block, value)):
-            cost = self.costs.conversion(block, value, kind, read)
-            cost += self.costs.storage(block, value, kind)
-            if best is None or (cost, str(kind)) < best[:2]:
-                best = (cost, str(kind), kind)
-        if best is None or best[0] == float("inf"):
-            return None
-        self.folded[(block, value.name), read] = best[2]
-        return best[0]
-
-    def _stored(self, block: str, value: Value) -> tuple[NdType, ...]:
-        return storage_types(value, self.axes, self.binding)
+    def _can_store(self, graph: Graph, port: _Port, read: NdType) -> bool:
+        """Whether a parameter with one reader can be stored so that it is read in a type."""
+        if (port, read) not in self.ways:
+            block, name = port
+            value = graph.values[name]
+            if port not in self._storable:
+                kinds = storage_types(value, self.axes, self.binding)
+                self._storable[port] = self._allowed(block, name, kinds)
+            seconds = [
+                (kind, self.costs.conversion(block, value, kind, read))
+                for kind in self._storable[port]
+            ]
+            self.ways[port, read] = [each for each in seconds if each[1] < float("inf")]
+        return bool(self.ways[port, read])
 
     # --- edges -----------------------------------------------------------------------------------
 
@@ -415,7 +399,12 @@ class _Builder:
 
     # --- reading the solution --------------------------------------------------------------------
 
-    def annotation(self, block: str, chosen: set[int]) -> Annotation:
+    def _annotation(
+        self,
+        block: str,
+        chosen: set[int],
+        kept_as: Mapping[tuple[_Port, NdType], NdType],
+    ) -> Annotation:
         graph = self.chain.blocks[block]
         ops: dict[str, OpTypes] = {}
         types: dict[str, NdType] = {}
@@ -438,7 +427,7 @@ class _Builder:
                 if base in graph.parameters and base not in types and not is_view(op):
                     read = ops[op.name].operands[k]
                     read = alias.base_type(read) if alias else read
-                    types[base] = self.folded[(block, base), read]
+                    types[base] = kept_as[(block, base), read]
         for name in graph.parameters:  # read by nothing
             types.setdefault(name, NdType.uniform(tuple(a.name for a in self.axes), I))
         for op in graph.ops:

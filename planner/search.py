@@ -27,11 +27,11 @@ from ..ir.from_dims import expert_binding
 from ..ir.mesh import Mesh
 from ..ir.plan import Recompute
 from .candidates import Candidate, candidates, most_devices
+from .chain import Chain
 from .fix import Fix
 from .inner import MODES, Inner, solve_inner, splits_anything, sub_axes
 from .linear_program import Solver
 from .request import Request, bounds_of, pinned_stages, pinned_types, repeated
-from .sbp_program import Chain
 from .stages import Array, Cut, SegmentTable, Shortfall, cut_stages
 from .step import in_flight, price_step, rank_state
 

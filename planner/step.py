@@ -6,7 +6,7 @@ how the chain of segments is cut.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
@@ -78,10 +78,7 @@ def price_step(
     recompute modes of each one's segments. `exact`: the schedule is simulated, with what surrounds
     it; otherwise estimated, which a search can afford for every configuration.
     """
-    stages = [
-        _stage(request, candidate, inner, first, last, kinds)
-        for (first, last), kinds in zip(pairwise(bounds), modes, strict=True)
-    ]
+    stages = _stages(request, candidate, inner, bounds, modes)
     ranks = _ranks(candidate, stages)
     m = candidate.microbatches
     busiest = max(ranks, key=lambda rank: sum(stage.seconds for stage in rank))
@@ -93,6 +90,30 @@ def price_step(
     time |= (_simulated if exact else _estimated)(request, candidate, stages, ranks)
     flops = m * sum(s.forward.flops + s.backward.flops for s in stages) / candidate.pp
     return StepPrice(time, rank_bytes(request, candidate, inner, bounds, modes), flops)
+
+
+def _stages(
+    request: Request,
+    candidate: Candidate,
+    inner: Inner,
+    bounds: Sequence[int],
+    modes: Sequence[Sequence[Recompute]],
+) -> list[StageWork]:
+    """Every (virtual) stage; those of the same blocks in the same modes are priced once."""
+    model, found = request.model, []
+    known: dict[Hashable, StageWork] = {}
+    for (first, last), kinds in zip(pairwise(bounds), modes, strict=True):
+        segments = model.segments[first:last]
+        tied = [p for s in segments for p in s.parameters if p in model.tied] if model.tied else []
+        key = (
+            tuple(segment.block for segment in segments),
+            tuple(kinds),
+            tuple(tied),
+        )
+        if key not in known:
+            known[key] = _stage(request, candidate, inner, first, last, kinds)
+        found.append(known[key])
+    return found
 
 
 def _stage(
@@ -110,8 +131,7 @@ def _stage(
         forward.add(cost.forward)
         backward.add(cost.backward)
         weights_s += cost.weights_s
-    parameters = Parameters()
-    parameters.add(request, inner, first, last)
+    parameters = Parameters.of(request, inner, first, last)
     if candidate.microbatches > 1 and not request.runtime.fused_accumulation:
         added = accumulation_seconds(
             request.cluster.device,
@@ -134,7 +154,7 @@ def _sync(request: Request, candidate: Candidate, parameters: Parameters) -> Syn
         data_parallel_sync(
             request.cluster,
             group,
-            sum(elements.values()),
+            elements,
             request.precision,
             candidate.zero,
             shards=shards,
@@ -297,8 +317,7 @@ def transfer_seconds(request: Request, candidate: Candidate, carried_bytes: floa
 
 def _optimizer_seconds(request: Request, candidate: Candidate, rank: Sequence[StageWork]) -> float:
     held = Parameters()
-    for stage in rank:  # a tied parameter counts once
-        held.dense |= stage.parameters.dense
-        held.experts |= stage.parameters.experts
+    for stage in rank:
+        held |= stage.parameters
     elements = held.sharded(candidate)
     return optimizer_step_seconds(request.cluster.device, elements, request.precision)

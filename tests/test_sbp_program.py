@@ -11,7 +11,8 @@ from shardwright.ir import AxisType, NdType, Op, Value
 from shardwright.ir.graph import Graph
 from shardwright.ir.mesh import Axis
 from shardwright.ir.refine import RawGraph, RawOp, refine
-from shardwright.planner.sbp_program import Chain, solve
+from shardwright.planner.chain import Chain
+from shardwright.planner.sbp_program import solve
 from shardwright.planner.signatures import NdSignature, is_view, nd_signatures, storage_types
 
 BINDING = {"b": 4, "s": 4}
