@@ -16,6 +16,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..ir.errors import InvalidInput
@@ -139,6 +141,14 @@ class Cluster(BaseModel):
         Raises InvalidInput for fewer than two ranks, or an unknown one.
         """
         return self._links.slowest(ranks)
+
+    def node_links(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(nodes, nodes) latencies in s and bandwidths in bytes/s between devices of two nodes.
+
+        What the levels promise, with islands, degraded nodes and entries of nodes, and of a matrix
+        how its pairs compare with their kind; 0 and infinite on the diagonal.
+        """
+        return self._links.between_nodes()
 
     def with_curves(self, curves: Iterable[Curve]) -> Cluster:
         """The cluster with measured curves, in place of those of the same collective and shape.

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +78,7 @@ class Links:
     islands: Mapping[tuple[int, int], Pair]
     first_node: int
     matrix: NDArray[np.float64] | None
+    relative: NDArray[np.float64] | None  # the matrix over the median of each pair's kind
 
     @property
     def world_size(self) -> int:
@@ -131,6 +132,47 @@ class Links:
         ]
         links = [self.pair(a, b) for pair in witnesses for a, b in (pair, pair[::-1])]
         return min(links, key=lambda link: (link.bandwidth_bytes_per_s, -link.latency_s))
+
+    def between_nodes(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(nodes, nodes) latencies in s and bandwidths in bytes/s of a device of one node to one of
+        another; 0 and infinite on the diagonal.
+
+        As `pair` has them, but without entries of two devices, and with a matrix relative to what
+        the level promises: of it counts how a pair compares with the median of its kind, because
+        mesh axes are priced by their levels.
+        """
+        nodes = len(self.island_of_node)
+        island = self.island_of_node
+        level = self._meeting_level()
+        latency = np.array([[at.latency_s for at in levels] for levels in self.levels])
+        reach = np.array([[at.reached_bytes_per_s(1) for at in levels] for levels in self.levels])
+        left = np.array([self.fraction_of_node.get(node, 1.0) for node in range(nodes)])
+        latency_s = np.maximum(latency[island[:, None], level], latency[island[None, :], level])
+        bandwidth = np.minimum(
+            reach[island[:, None], level] * left[:, None],
+            reach[island[None, :], level] * left[None, :],
+        )
+        for (first, second), entry in self.islands.items():
+            where = np.ix_(island == first, island == second)
+            _lay_over_array(entry, where, latency_s, bandwidth)
+        if self.relative is not None:
+            inside = slice(self.first_node, self.first_node + len(self.relative))
+            bandwidth[inside, inside] *= self.relative
+        for ends, entry in self.nodes.items():
+            _lay_over_array(entry, ends, latency_s, bandwidth)
+        np.fill_diagonal(latency_s, 0.0)
+        np.fill_diagonal(bandwidth, np.inf)
+        return latency_s, bandwidth
+
+    def _meeting_level(self) -> NDArray[np.int64]:
+        """(nodes, nodes): index of the innermost level that joins two nodes."""
+        nodes = np.arange(len(self.island_of_node))
+        found = np.full((len(nodes), len(nodes)), len(self.levels[0]) - 1)
+        for i, level in reversed(list(enumerate(self.levels[0]))):
+            first = nodes * self.devices_per_node
+            unit = self.island_of_node if level.whole_island else first // level.span_devices
+            found[unit[:, None] == unit[None, :]] = i
+        return found
 
     def _class(self, node: int) -> _Class:
         size = 0 if self.matrix is None else len(self.matrix)
@@ -269,6 +311,18 @@ def _laid_over(
     return latency_s, bandwidth, measured
 
 
+def _lay_over_array(
+    entry: Pair, where: Any, latency_s: NDArray[np.float64], bandwidth: NDArray[np.float64]
+) -> None:
+    """`_laid_over` of all links in a part of two arrays."""
+    if entry.latency_s is not None:
+        latency_s[where] = entry.latency_s
+    if entry.bandwidth_bytes_per_s is not None:
+        bandwidth[where] = entry.bandwidth_bytes_per_s
+    elif entry.bandwidth_fraction is not None:
+        bandwidth[where] *= entry.bandwidth_fraction
+
+
 def links_of(cluster: Cluster) -> Links:
     """What is known of a cluster's links, ready to be looked up."""
     index = {island.name: i for i, island in enumerate(cluster.islands)}
@@ -280,7 +334,11 @@ def links_of(cluster: Cluster) -> Links:
         tables[entry.kind][first, second] = entry
     for table in tables.values():
         table |= {(b, a): entry for (a, b), entry in table.items() if (b, a) not in table}
-    matrix = cluster.matrix
+    clean = relative = None
+    if cluster.matrix is not None:
+        clean, ratio = without_noise(cluster, cluster.matrix)
+        told_apart = np.abs(ratio - 1) > cluster.matrix.noise_floor_fraction
+        relative = np.where(told_apart, ratio, 1.0)
     return Links(
         devices_per_node=cluster.devices_per_node,
         levels=cluster.island_levels,
@@ -289,8 +347,9 @@ def links_of(cluster: Cluster) -> Links:
             node: entry.bandwidth_fraction for entry in cluster.degraded for node in entry.nodes
         },
         **tables,
-        first_node=0 if matrix is None else matrix.first_node,
-        matrix=None if matrix is None else without_noise(cluster, matrix)[0],
+        first_node=0 if cluster.matrix is None else cluster.matrix.first_node,
+        matrix=clean,
+        relative=relative,
     )
 
 

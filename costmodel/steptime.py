@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from ..ir.errors import InvalidInput
 from .cluster import Cluster
@@ -24,6 +24,10 @@ class SyncSeconds:
     @property
     def per_microbatch_s(self) -> float:
         return self.reduce_per_microbatch_s + self.gather_per_microbatch_s
+
+    def scaled(self, factor: float) -> SyncSeconds:
+        """The same over links that take `factor` times as long."""
+        return SyncSeconds(*(factor * getattr(self, each.name) for each in fields(self)))
 
     @property
     def per_step_s(self) -> float:

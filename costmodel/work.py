@@ -60,6 +60,13 @@ class Work:
         self.flops += times * other.flops
         self.collectives += times * other.collectives
 
+    def scaled(self, cause: Cause, factor: float) -> Work:
+        """The same with the seconds of one cause multiplied."""
+        if factor == 1.0 or cause not in self.seconds:
+            return self
+        seconds = {**self.seconds, cause: factor * self.seconds[cause]}
+        return Work(seconds, self.calls, self.flops, self.collectives)
+
     @staticmethod
     def of(device: Device, kernels: Iterable[Kernel], attention: bool = False) -> Work:
         """The work of kernels; all of it counts as attention where they are an attention's."""

@@ -118,6 +118,19 @@ class Predicted:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeMapping:
+    """Which physical node takes which place of the job: `node_of[place]`, a place being the next
+    `devices_per_node` ranks. What communication between nodes takes so, what it takes with places
+    on nodes in order, and a bound below every mapping: seconds of a step with nothing hidden.
+    """
+
+    node_of: tuple[int, ...]
+    seconds: float
+    in_order_seconds: float
+    bound_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Certificate:
     """How good the plan is: a lower bound over everything searched, and what was done to find it.
 
@@ -150,6 +163,7 @@ class Plan:
 
     `mesh` has the axes `pp`, `dp` and `tp` (or its sub-axes `tp0`, `tp1`, …), outermost first;
     types name all of them but `pp`. `workload` and `cluster` are what the plan was made for.
+    `mapping` is None where all nodes are alike.
     """
 
     model: Model
@@ -163,6 +177,7 @@ class Plan:
     predicted: Predicted
     certificate: Certificate
     alternatives: tuple[Alternative, ...] = ()
+    mapping: NodeMapping | None = None
 
     @property
     def microbatches(self) -> int:

@@ -10,6 +10,8 @@ stages           cutting the chain of segments into stages
 candidates       configurations to look at
 search           best first over configurations, with bounds
 request, fix     what is asked for, what is fixed, pins
+mapping          which node takes which place of a job
+traffic          what a configuration sends between nodes
 step             the price of a step: stages, schedule, what happens once, memory
 predict          the price of a given configuration, without a search
 build, report    the plan, and the plan in words

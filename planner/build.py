@@ -58,6 +58,7 @@ def build_plan(request: Request, mesh: Mesh, found: Found) -> Plan:
             found.methods,
         ),
         alternatives=tuple(_alternative(request, best, other) for other in found.outcomes[1:]),
+        mapping=best.mapping,
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..costmodel.collectives import Group
 from ..ir import InvalidInput
 from ..ir.plan import ScheduleName
+from ..ir.schedule_rows import schedule_placement
 from .request import Request, pinned_stages, repeated
 
 MAX_MICRO_BATCH = 16
@@ -46,6 +47,11 @@ class Candidate:
         )
 
     @property
+    def ranks(self) -> int:
+        """Devices of the job."""
+        return self.pp * self.dp * self.cp * self.tp
+
+    @property
     def replicas(self) -> int:
         """Ranks that hold the same parameters: the data-parallel group of dense layers."""
         return self.dp * self.cp
@@ -79,6 +85,13 @@ class Candidate:
     def pipe(self) -> Group:
         """The group of a pipeline's ranks."""
         return Group(self.pp, self.dp * self.cp * self.tp)
+
+
+def placement_of(candidate: Candidate) -> tuple[int, ...]:
+    """The pipeline rank of every virtual stage."""
+    return schedule_placement(
+        candidate.schedule, candidate.pp, candidate.microbatches, candidate.vpp
+    )
 
 
 def divisors(number: int) -> list[int]:

@@ -102,6 +102,28 @@ class LinearProgram:
             return Solution(relaxed.values, relaxed.objective, relaxed.objective, "integral")
         return self._solve("highs" if solver == "glop" else solver, costs, integer=True)
 
+    def search(self, hint: NDArray[np.float64], effort: float, seed: int) -> Solution | None:
+        """The best that CP-SAT finds from a hint, with its bound, within a deterministic effort
+        (about seconds); None where it finds nothing."""
+        largest = float(np.abs(self.costs).max(initial=0.0))
+        scale = _LARGEST_COST / largest if largest > 0 else 1.0
+        model = mathopt.Model.from_model_proto(self._proto(self.costs * scale, integer=True))
+        variables = list(model.variables())
+        parameters = mathopt.SolveParameters(random_seed=seed, threads=1)
+        parameters.cp_sat.max_deterministic_time = effort
+        hints = [mathopt.SolutionHint(dict(zip(variables, hint.tolist(), strict=True)))]
+        result = mathopt.solve(
+            model,
+            _SOLVERS["cp-sat"],
+            params=parameters,
+            model_params=mathopt.ModelSolveParameters(solution_hints=hints),
+        )
+        if not result.has_primal_feasible_solution():
+            return None
+        values = np.asarray(result.variable_values(variables), dtype=np.float64)
+        bound = result.dual_bound() / scale
+        return Solution(values, float(np.dot(self.costs, values)), bound, "mip")
+
     def _solve(self, solver: Solver, costs: NDArray[np.float64], integer: bool) -> Solution:
         largest = float(np.abs(costs).max(initial=0.0))
         scale = _LARGEST_COST / largest if largest > 0 else 1.0

@@ -17,7 +17,7 @@ from ..ir.graph import Model, bind
 from ..ir.mesh import Axis, Mesh
 from ..ir.plan import Annotation, Recompute, Strategy
 from ..ir.schedule_rows import default_vpp, schedule_placement
-from .candidates import Candidate
+from .candidates import Candidate, placement_of
 from .chain import Chain
 from .costs import ModelCosts
 from .fix import Fix
@@ -25,7 +25,7 @@ from .inner import Inner, chosen_types, inner_of, splits_anything, sub_axes
 from .report import prediction_text, stored
 from .request import Request, bounds_of, pinned_types, repeated
 from .sbp_program import solve
-from .step import placement_of, price_step
+from .step import price_step
 
 Types = Mapping[str, Annotation]
 """Block → the types of its values on the tensor axes."""

@@ -25,7 +25,7 @@ from ..costmodel.steptime import data_parallel_sync
 from ..ir import Infeasible, InvalidInput
 from ..ir.from_dims import expert_binding
 from ..ir.mesh import Mesh
-from ..ir.plan import Recompute
+from ..ir.plan import NodeMapping, Recompute
 from .candidates import Candidate, candidates, most_devices
 from .chain import Chain
 from .fix import Fix
@@ -33,7 +33,8 @@ from .inner import MODES, Inner, solve_inner, splits_anything, sub_axes
 from .linear_program import Solver
 from .request import Request, bounds_of, pinned_stages, pinned_types, repeated
 from .stages import Array, Cut, SegmentTable, Shortfall, cut_stages
-from .step import in_flight, price_step, rank_state
+from .step import in_flight, price_step, rank_state, stages_of, traffic_of
+from .traffic import has_choice, mapped
 
 GIB = 2**30
 TIE = 1e-3
@@ -53,6 +54,7 @@ class Outcome:
     seconds: float
     time: dict[str, float]
     memory: tuple[StageBytes, ...]
+    mapping: NodeMapping | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,7 @@ class Search:
             raise Infeasible(self._shortage(needed, candidate))
         done.sort(key=lambda o: (o.seconds, o.candidate))
         solved = len(done)
-        done = [self._priced(o.candidate, o.inner, o.cut, exact=True) for o in done[:top]]
+        done = [self._placed(o) for o in done[:top]]
         done.sort(key=lambda o: (o.seconds, o.candidate))
         tied = [o for o in done if o.seconds <= done[0].seconds * (1 + TIE)]
         chosen = min(tied, key=self._preference)
@@ -308,6 +310,25 @@ class Search:
     def _priced(self, candidate: Candidate, inner: Inner, cut: Cut, exact: bool = False) -> Outcome:
         price = price_step(self.request, candidate, inner, cut.bounds, cut.modes, exact)
         return Outcome(candidate, inner, cut, price.seconds, dict(price.time), price.memory)
+
+    def _placed(self, outcome: Outcome) -> Outcome:
+        """A finalist, its schedule simulated on the nodes that suit it best."""
+        request, candidate, cut = self.request, outcome.candidate, outcome.cut
+        if not has_choice(request.cluster):
+            return self._priced(candidate, outcome.inner, cut, exact=True)
+        stages = stages_of(request, candidate, outcome.inner, cut.bounds, cut.modes)
+        traffic = traffic_of(request, candidate, stages)
+        mapping, slowdown = mapped(request.cluster, candidate, traffic)
+        price = price_step(
+            request, candidate, outcome.inner, cut.bounds, cut.modes, slowdown=slowdown
+        )
+        return replace(
+            outcome,
+            seconds=price.seconds,
+            time=dict(price.time),
+            memory=price.memory,
+            mapping=mapping,
+        )
 
     # --- messages --------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ how the chain of segments is cut.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
 from ..costmodel.collectives import Group, collective_seconds
@@ -23,13 +23,14 @@ from ..costmodel.steptime import (
 )
 from ..costmodel.work import Work
 from ..ir.plan import Recompute
-from ..ir.schedule_rows import schedule_placement, schedule_table
-from .candidates import Candidate
+from ..ir.schedule_rows import schedule_table
+from .candidates import Candidate, placement_of
 from .footprint import Parameters, rank_bytes
 from .footprint import in_flight as in_flight
 from .footprint import rank_state as rank_state
 from .inner import Inner
 from .request import Request, repeated
+from .traffic import Slowdown, StageTraffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,15 @@ class StageWork:
     def seconds(self) -> float:
         return self.forward.total_s + self.backward.total_s
 
+    def slowed(self, data: float, tensor: float) -> StageWork:
+        """The stage with its data- and tensor-parallel communication taking so much longer."""
+        return replace(
+            self,
+            forward=self.forward.scaled("tensor_parallel", tensor),
+            backward=self.backward.scaled("tensor_parallel", tensor),
+            sync=self.sync.scaled(data),
+        )
+
 
 def price_step(
     request: Request,
@@ -71,14 +81,22 @@ def price_step(
     bounds: Sequence[int],
     modes: Sequence[Sequence[Recompute]],
     exact: bool = True,
+    slowdown: Slowdown | None = None,
 ) -> StepPrice:
     """Time and memory of a step.
 
     `bounds` cut the segments into pp x vpp virtual stages in order of the model, `modes` are the
     recompute modes of each one's segments. `exact`: the schedule is simulated, with what surrounds
-    it; otherwise estimated, which a search can afford for every configuration.
+    it; otherwise estimated, which a search can afford for every configuration. `slowdown`: what
+    links make of communication where the configuration is placed.
     """
-    stages = _stages(request, candidate, inner, bounds, modes)
+    stages = stages_of(request, candidate, inner, bounds, modes)
+    if slowdown is not None:
+        stages = [
+            stage.slowed(data, tensor)
+            for stage, data, tensor in zip(stages, slowdown.data, slowdown.tensor, strict=True)
+        ]
+    boundary = None if slowdown is None else slowdown.boundary
     ranks = _ranks(candidate, stages)
     m = candidate.microbatches
     busiest = max(ranks, key=lambda rank: sum(stage.seconds for stage in rank))
@@ -87,12 +105,13 @@ def price_step(
         for work in (stage.forward, stage.backward):
             for cause, seconds in work.seconds.items():
                 time[cause] = time.get(cause, 0.0) + m * seconds
-    time |= (_simulated if exact else _estimated)(request, candidate, stages, ranks)
+    transfers = _transfers(request, candidate, stages, boundary)
+    time |= (_simulated if exact else _estimated)(request, candidate, stages, ranks, transfers)
     flops = m * sum(s.forward.flops + s.backward.flops for s in stages) / candidate.pp
     return StepPrice(time, rank_bytes(request, candidate, inner, bounds, modes), flops)
 
 
-def _stages(
+def stages_of(
     request: Request,
     candidate: Candidate,
     inner: Inner,
@@ -165,13 +184,6 @@ def _sync(request: Request, candidate: Candidate, parameters: Parameters) -> Syn
     return SyncSeconds(*(sum(getattr(one, f.name) for one in found) for f in fields(SyncSeconds)))
 
 
-def placement_of(candidate: Candidate) -> tuple[int, ...]:
-    """The pipeline rank of every virtual stage."""
-    return schedule_placement(
-        candidate.schedule, candidate.pp, candidate.microbatches, candidate.vpp
-    )
-
-
 def _ranks(candidate: Candidate, stages: Sequence[StageWork]) -> list[list[StageWork]]:
     """The virtual stages of every pipeline rank."""
     ranks: list[list[StageWork]] = [[] for _ in range(candidate.pp)]
@@ -186,6 +198,7 @@ def _simulated(
     candidate: Candidate,
     stages: Sequence[StageWork],
     ranks: Sequence[Sequence[StageWork]],
+    transfers: Sequence[float],
 ) -> dict[str, float]:
     """What a step takes beyond the work of its busiest rank, from its timeline."""
     runtime, m = request.runtime, candidate.microbatches
@@ -200,9 +213,7 @@ def _simulated(
     )
     optimizer = tuple(_optimizer_seconds(request, candidate, rank) for rank in ranks)
     options = StepOptions(_transfer(request), sync, optimizer)
-    timeline = simulate(
-        table, _times(request, stages), _transfers(request, candidate, stages), options
-    )
+    timeline = simulate(table, _times(request, stages), transfers, options)
     busy = m * max(sum(stage.seconds for stage in rank) for rank in ranks)
     slowest = int(timeline.busy_s.argmax())
     sharded = float(timeline.busy_s[slowest]) - busy  # per microbatch, inside the stages
@@ -231,11 +242,12 @@ def _estimated(
     candidate: Candidate,
     stages: Sequence[StageWork],
     ranks: Sequence[Sequence[StageWork]],
+    transfers: Sequence[float],
 ) -> dict[str, float]:
     """The same in closed form: synchronisation once per step hides behind one microbatch of the
     rank that has most of it."""
     runtime, m = request.runtime, candidate.microbatches
-    times, transfers = _times(request, stages), _transfers(request, candidate, stages)
+    times = _times(request, stages)
     busy = m * max(sum(stage.seconds for stage in rank) for rank in ranks)
     total = schedule_estimate_seconds(
         candidate.schedule, times, transfers, m, candidate.vpp, _transfer(request)
@@ -298,11 +310,33 @@ def _seconds(request: Request, stage: StageWork) -> tuple[float, float]:
 
 
 def _transfers(
-    request: Request, candidate: Candidate, stages: Sequence[StageWork]
+    request: Request,
+    candidate: Candidate,
+    stages: Sequence[StageWork],
+    boundary: Sequence[float] | None = None,
 ) -> tuple[float, ...]:
+    """Seconds from each stage to the next, `boundary` times what the cost model says."""
     sizes = [stage.carried_bytes for stage in stages[:-1]]
     seconds = {size: transfer_seconds(request, candidate, size) for size in set(sizes)}
-    return tuple(seconds[size] for size in sizes)
+    factors = [1.0] * len(sizes) if boundary is None else boundary
+    return tuple(factor * seconds[size] for factor, size in zip(factors, sizes, strict=True))
+
+
+def traffic_of(
+    request: Request, candidate: Candidate, stages: Sequence[StageWork]
+) -> list[StageTraffic]:
+    """What every stage communicates in a step; the last hands nothing on."""
+    m = candidate.microbatches
+    handed_on = [*_transfers(request, candidate, stages), 0.0]
+    return [
+        StageTraffic(
+            stage.sync.per_step_s + m * stage.sync.per_microbatch_s,
+            m * sum(work.seconds.get("tensor_parallel", 0.0)
+                    for work in (stage.forward, stage.backward)),
+            2 * seconds,
+        )
+        for stage, seconds in zip(stages, handed_on, strict=True)
+    ]  # fmt: skip
 
 
 def transfer_seconds(request: Request, candidate: Candidate, carried_bytes: float) -> float:

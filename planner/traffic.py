@@ -1,0 +1,144 @@
+"""What a configuration sends between the nodes of a cluster, and what it takes where it is placed.
+
+The cost model prices a mesh axis by the slowest level it crosses. Here its seconds are laid on the
+links that it really uses: activations go from a stage to the next, the data-parallel ranks of a
+stage form a ring, and so do tensor-parallel ranks that do not fit a node. A link that is slower or
+faster than the level takes so much longer or less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..costmodel.cluster import Cluster
+from ..costmodel.collectives import Group, hops
+from ..ir.plan import NodeMapping
+from .candidates import Candidate, placement_of
+from .mapping import Array, Flow, Ints, flow_seconds, map_places
+
+MOST_NODES = 1024
+"""Nodes of the largest cluster whose links are looked at one by one."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageTraffic:
+    """Seconds of a step that one (virtual) stage communicates: its data-parallel group once for
+    all, its tensor-parallel group, and handing activations and gradients to the next stage."""
+
+    data_s: float
+    tensor_s: float
+    next_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Slowdown:
+    """What the links of a mapping do to communication, as factors of the cost model's seconds: per
+    (virtual) stage of its data- and its tensor-parallel group, per boundary of what is handed on.
+    """
+
+    data: tuple[float, ...]
+    tensor: tuple[float, ...]
+    boundary: tuple[float, ...]
+
+
+def has_choice(cluster: Cluster) -> bool:
+    """Whether it matters which node takes which place, and can be looked at."""
+    return 1 < cluster.nodes <= MOST_NODES and bool(
+        cluster.pairs or cluster.matrix or cluster.islands or cluster.degraded
+    )
+
+
+def slowness_of(cluster: Cluster) -> Array:
+    """(nodes, nodes): how much longer a link takes than the outermost level, as axes are priced by
+    it; 0 on the diagonal."""
+    _, bandwidth = cluster.node_links()
+    found: Array = cluster.worst_levels[-1].reached_bytes_per_s(1) / bandwidth
+    return found
+
+
+def mapped(
+    cluster: Cluster, candidate: Candidate, stages: Sequence[StageTraffic], seed: int = 0
+) -> tuple[NodeMapping, Slowdown]:
+    """The best mapping of a configuration found, and what its links do to communication."""
+    slowness, routes = slowness_of(cluster), _Routes(cluster, candidate)
+    flows = routes.flows(stages)
+    places = -(-candidate.ranks // cluster.devices_per_node)
+    found = map_places(flows, places, slowness, seed)
+
+    def factor(ends: Ints, scale: float) -> float:
+        """What the slowest link of a group makes of its seconds; 1 for one within a node."""
+        each = flow_seconds(Flow("", ends, np.full(len(ends), scale)), found.node_of, slowness)
+        return float(each.max(initial=0.0)) or 1.0
+
+    ranks, count = routes.placement, len(stages)
+    return found, Slowdown(
+        tuple(factor(routes.data(ranks[v]), routes.data_scale) for v in range(count)),
+        tuple(factor(routes.tensor(ranks[v]), routes.tensor_scale) for v in range(count)),
+        tuple(factor(routes.boundary(v), routes.pipe_scale) for v in range(count - 1)),
+    )
+
+
+class _Routes:
+    """Which places a configuration's groups lie on. Scales turn the cost model's seconds of a
+    group, priced by the outermost level it crosses, into seconds on the cluster's outermost."""
+
+    def __init__(self, cluster: Cluster, candidate: Candidate) -> None:
+        self.candidate = candidate
+        self.placement = placement_of(candidate)
+        self.data_scale = _scale(cluster, candidate.data)
+        self.tensor_scale = _scale(cluster, Group(candidate.tp))
+        self.pipe_scale = _scale(cluster, candidate.pipe)
+        per_stage = candidate.replicas * candidate.tp
+        place = np.arange(candidate.pp * per_stage) // cluster.devices_per_node
+        self.place = place.reshape(candidate.pp, candidate.replicas, candidate.tp)
+
+    def data(self, rank: int) -> Ints:
+        """(edges, 2): the rings of a pipeline rank's data-parallel groups."""
+        here = self.place[rank]
+        return _edges(here, np.roll(here, -1, axis=0))
+
+    def tensor(self, rank: int) -> Ints:
+        """(edges, 2): the rings of a pipeline rank's tensor-parallel groups."""
+        here = self.place[rank]
+        return _edges(here, np.roll(here, -1, axis=1))
+
+    def boundary(self, stage: int) -> Ints:
+        """(edges, 2): from the ranks of a (virtual) stage to those of the next."""
+        return _edges(self.place[self.placement[stage]], self.place[self.placement[stage + 1]])
+
+    def flows(self, stages: Sequence[StageTraffic]) -> list[Flow]:
+        """All that a step sends between places. What stages do at the same time is one flow, whose
+        slowest stage counts; boundaries are crossed one after the other."""
+        found = []
+        for name, edges_of, scale in (
+            ("data", self.data, self.data_scale), ("tensor", self.tensor, self.tensor_scale),
+        ):  # fmt: skip
+            seconds = [0.0] * self.candidate.pp
+            for rank, stage in zip(self.placement, stages, strict=True):
+                seconds[rank] += scale * (stage.data_s if name == "data" else stage.tensor_s)
+            ends = [edges_of(rank) for rank in range(self.candidate.pp)]
+            weights = [np.full(len(e), s) for e, s in zip(ends, seconds, strict=True)]
+            found.append(Flow(name, np.concatenate(ends), np.concatenate(weights)))
+        for v, stage in enumerate(stages[:-1]):
+            ends_v = self.boundary(v)
+            seconds_v = np.full(len(ends_v), self.pipe_scale * stage.next_s)
+            found.append(Flow(f"stage {v} to {v + 1}", ends_v, seconds_v))
+        return found
+
+
+def _edges(one: Ints, other: Ints) -> Ints:
+    """(edges, 2): the distinct pairs of different places, the lower first."""
+    pairs = np.sort(np.stack([one.ravel(), other.ravel()], axis=1), axis=1)
+    found: Ints = np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
+    return found
+
+
+def _scale(cluster: Cluster, group: Group) -> float:
+    path = hops(cluster, group)
+    if not path:
+        return 1.0
+    crossed = cluster.worst_levels[path[-1].index].reached_bytes_per_s(1)
+    return crossed / cluster.worst_levels[-1].reached_bytes_per_s(1)
