@@ -16,7 +16,7 @@ Neither torch, jax nor transformers is imported before it is needed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from .ir import plan as _ir_plan
 from .ir import serial as _serial
 from .ir.graph import Model
 from .ir.workload import Workload
-from .planner import Prediction
+from .planner import Prediction, Replanned
 
 __version__ = "0.1.0"
 
@@ -44,6 +44,7 @@ __all__ = [
     "InvalidInput",
     "Plan",
     "Prediction",
+    "Replanned",
     "Runtime",
     "ShardwrightError",
     "UnsupportedOp",
@@ -52,6 +53,7 @@ __all__ = [
     "annotate",
     "plan",
     "predict",
+    "replan",
     "trace",
     "verify",
 ]
@@ -184,6 +186,24 @@ def predict(
     runs = Runtime.preset(runtime) if isinstance(runtime, str) else runtime
     traced = _priceable(model, example_inputs, loss)
     return _planner.predict(_planner.Request(traced, where.at_slowest(), workload, fixed, runs))
+
+
+def replan(
+    plan: Plan,
+    lost: Sequence[int] = (),
+    *,
+    gained: int = 0,
+    steps: int = 1000,
+    fix: str | Mapping[str, Any] | None = None,
+) -> Replanned:
+    """The best plan for the next `steps` steps after nodes were lost and `gained` others joined.
+
+    Nodes count as in the plan's cluster. The way there is worked out (which part of which parameter
+    goes from where to where) and counted; the global batch stays. `fix` as for `plan`. Raises
+    InvalidInput for nodes that are not there, Infeasible where nothing fits what is left.
+    """
+    found = _planner.replan(plan, lost, gained, steps, _planner.Fix.parse(fix))
+    return replace(found, plan=Plan._of(found.plan))
 
 
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")

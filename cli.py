@@ -14,9 +14,11 @@ from rich.console import Console
 from . import Plan, Prediction, Runtime, Workload
 from . import plan as make_plan
 from . import predict as make_prediction
+from . import replan as make_replan
 from . import verify as run_verify
 from .costmodel import Cluster, Device
 from .ir import InvalidInput, ShardwrightError
+from .ir.serial import write_whole
 from .ir.workload import Precision
 
 app = typer.Typer(
@@ -235,6 +237,46 @@ def explain(
 ) -> None:
     """Where time and memory go, what binds, what the runners-up lose on."""
     _guarded(lambda: typer.echo(Plan.load(plan_file).explain()), debug)
+
+
+@app.command()
+def replan(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN.JSON")],
+    more: Annotated[list[int] | None, typer.Argument(metavar="", show_default=False)] = None,
+    lost: Annotated[list[int] | None, typer.Option(help="Nodes that are gone: --lost 3 7")] = None,
+    gained: Annotated[int, typer.Option(help="Nodes of the same kind that joined")] = 0,
+    steps: Annotated[int, typer.Option(help="Steps that the new plan is for")] = 1000,
+    fix: Fixed = "",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Plan file")] = None,
+    moves: Annotated[Path | None, typer.Option(help="Moves, a line of JSON each")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """The best plan after nodes were lost or joined, and the cheapest moves from the old one."""
+
+    def action() -> None:
+        if more and not lost:
+            raise InvalidInput(f"{more[0]}: expected --lost before the nodes that are gone")
+        found = make_replan(
+            Plan.load(plan_file),
+            [*(lost or ()), *(more or ())],
+            gained=gained,
+            steps=steps,
+            fix=fix,
+        )
+        new = found.plan
+        assert isinstance(new, Plan)
+        if output is not None:
+            new.save(output)
+        if moves is not None:
+            lines = (json.dumps(move.to_json()) + "\n" for move in found.migration.moves)
+            write_whole(moves, "".join(lines), "moves")
+        if as_json:
+            typer.echo(json.dumps({**new.to_json(), "replan": found.to_json()}, indent=1))
+        else:
+            typer.echo(f"{found}\n\n{new}")
+
+    _guarded(action, debug)
 
 
 @app.command()

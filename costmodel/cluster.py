@@ -194,6 +194,22 @@ class Cluster(BaseModel):
             raise InvalidInput(f"{where}: nodes is {nodes}, expected at least 1")
         return yaml_files.validated(Cluster, cluster_file.resized(self, nodes), where)
 
+    def without(self, nodes: Iterable[int]) -> Cluster:
+        """The cluster without some of its nodes; those left are numbered anew, in order.
+
+        Islands shrink or go; levels across nodes adapt as in `preset`. Raises InvalidInput for a
+        node that is not there, or where none would be left.
+        """
+        lost, where = frozenset(nodes), f"cluster {self.name}"
+        for node in sorted(lost):
+            if not 0 <= node < self.nodes:
+                raise InvalidInput(f"{where}: node {node}: expected 0 to {self.nodes - 1}")
+        if len(lost) == self.nodes:
+            raise InvalidInput(f"{where}: all {self.nodes} nodes are lost, expected one left")
+        if not lost:
+            return self
+        return yaml_files.validated(Cluster, cluster_file.without(self, lost), where)
+
     @staticmethod
     def preset(name: str, nodes: int = 1, devices_per_node: int | None = None) -> Cluster:
         """A published kind of cluster.

@@ -12,6 +12,7 @@ from .islands import Island
 
 if TYPE_CHECKING:
     from .cluster import Cluster
+    from .pairs import Pair, PairMatrix
 
 
 def without_words(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,6 +132,67 @@ def resized(cluster: Cluster, nodes: int) -> dict[str, Any]:
         data["matrix"] = None
     data["curves"] = [curve for curve in cluster.curves if _fits(curve, data["levels"], bound)]
     return data
+
+
+def without(cluster: Cluster, lost: frozenset[int]) -> dict[str, Any]:
+    """Plain data of the cluster without some nodes, see `Cluster.without`."""
+    kept = [node for node in range(cluster.nodes) if node not in lost]
+    at = {node: i for i, node in enumerate(kept)}
+    per_node = cluster.devices_per_node
+    data = as_file(cluster) | {"nodes": len(kept)}
+    islands, first = [], 0
+    for island in cluster.islands:
+        size = sum(node in at for node in range(first, first + island.nodes))
+        if size:
+            islands.append(island.model_copy(update={"nodes": size}))
+        first += island.nodes
+    names = {island.name for island in islands}
+    data["islands"] = islands
+    data["levels"] = fitted(data["levels"], len(kept), per_node)
+    data["pairs"] = [
+        pair.model_copy(update={pair.kind: ends})
+        for pair in cluster.pairs
+        if (ends := _moved_ends(pair, at, names, per_node))
+    ]
+    data["degraded"] = [
+        entry.model_copy(update={"nodes": tuple(at[node] for node in entry.nodes if node in at)})
+        for entry in cluster.degraded
+        if any(node in at for node in entry.nodes)
+    ]
+    data["matrix"] = cluster.matrix and _rows_left(cluster.matrix, at)
+    bound = {"devices": len(kept) * per_node, "nodes": len(kept)}
+    data["curves"] = [curve for curve in cluster.curves if _fits(curve, data["levels"], bound)]
+    return data
+
+
+def _moved_ends(
+    pair: Pair, at: Mapping[int, int], islands: set[str], per_node: int
+) -> tuple[Any, ...] | None:
+    """The ends of an entry where nodes are renumbered; None where one is gone."""
+    ends: list[Any] = []
+    for end in pair.ends:
+        if isinstance(end, str):
+            moved: Any = end if end in islands else None
+        else:
+            node, slot = divmod(end, per_node) if pair.kind == "devices" else (end, 0)
+            moved = at.get(node)
+            if moved is not None and pair.kind == "devices":
+                moved = moved * per_node + slot
+        if moved is None:
+            return None
+        ends.append(moved)
+    return tuple(ends)
+
+
+def _rows_left(matrix: PairMatrix, at: Mapping[int, int]) -> PairMatrix | None:
+    """The matrix without nodes that are gone; None where fewer than two are left."""
+    left = [i for i in range(matrix.size) if matrix.first_node + i in at]
+    if len(left) < 2:
+        return None
+    rows = tuple(tuple(row[j] for j in left if j < len(row)) for row in
+                 (matrix.rows[i] for i in left))  # fmt: skip
+    first = at[matrix.first_node + left[0]]
+    return matrix.model_copy(update={"rows": rows, "first_node": first})
 
 
 def _fits(curve: Curve, levels: Sequence[Mapping[str, Any]], bound: Mapping[str, int]) -> bool:

@@ -63,13 +63,15 @@ def plan_from_json(data: Any) -> Plan:
 
 
 def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
-    """Writes a plan file: beside its place first, then renamed, so that no reader sees half a file.
+    """Writes a plan file, whole or not at all. Raises InvalidInput where it cannot be written."""
+    write_whole(path, _render(to_json(plan)) + "\n", "plan file")
 
-    Raises InvalidInput where the file cannot be written.
-    """
+
+def write_whole(path: str | os.PathLike[str], text: str, what: str) -> None:
+    """Writes ASCII text beside its place first, then renames it, so that no reader sees half a
+    file. Raises InvalidInput where it cannot be written."""
     target = Path(path)
     beside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    text = _render(to_json(plan)) + "\n"
     try:
         with open(beside, "w", encoding="ascii") as file:
             file.write(text)
@@ -77,7 +79,7 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
             os.fsync(file.fileno())
         os.replace(beside, target)
     except OSError as error:
-        raise InvalidInput(f"plan file {target}: cannot write it: {error.strerror}") from None
+        raise InvalidInput(f"{what} {target}: cannot write it: {error.strerror}") from None
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)

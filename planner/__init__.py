@@ -14,12 +14,16 @@ mapping          which node takes which place of a job
 traffic          what a configuration sends between nodes
 step             the price of a step: stages, schedule, what happens once, memory
 predict          the price of a given configuration, without a search
+holdings         what every rank of a plan keeps from step to step
+migration        moving a running job from one plan to another
+replan           the best plan after nodes were lost or joined, the way there included
 build, report    the plan, and the plan in words
 """
 
 from .build import build_plan, check_described
 from .fix import Fix
 from .predict import Prediction, predict
+from .replan import Replanned, replan
 from .report import explain, summary, to_json
 from .request import Request
 from .search import Search
@@ -28,12 +32,14 @@ from .transfer import scaled_plan
 __all__ = [
     "Fix",
     "Prediction",
+    "Replanned",
     "Request",
     "Search",
     "build_plan",
     "check_described",
     "explain",
     "predict",
+    "replan",
     "scaled_plan",
     "summary",
     "to_json",

@@ -17,6 +17,7 @@ from ..ir.types import I, NdType, S
 
 if TYPE_CHECKING:
     from .predict import Prediction
+    from .replan import Replanned
 
 GIB = 2**30
 MIB = 2**20
@@ -78,11 +79,14 @@ def _mapping(plan: Plan) -> list[str]:
     mapping = plan.mapping
     if mapping is None or mapping.node_of == tuple(range(len(mapping.node_of))):
         return []
+    order = f"  nodes in the order {' '.join(map(str, mapping.node_of))}"
+    if not mapping.in_order_seconds:
+        return [order]
     gain = 1 - mapping.seconds / mapping.in_order_seconds
     gap = 1 - mapping.bound_seconds / mapping.seconds
     return [
-        f"  nodes in the order {' '.join(map(str, mapping.node_of))}: communication between them "
-        f"takes {gain:.1%} less than in order, at most {gap:.1%} more than possible"
+        f"{order}: communication between them takes {gain:.1%} less than in order, at most "
+        f"{gap:.1%} more than possible"
     ]
 
 
@@ -260,3 +264,34 @@ def to_json(plan: Plan) -> dict[str, object]:
             for other in plan.alternatives
         ],
     }
+
+
+def replan_text(found: Replanned) -> str:
+    """A new plan beside the old one, and what getting there takes."""
+    plan, moved = found.plan, found.migration
+    now, before = plan.predicted.step_seconds, found.before_seconds
+    slower = now / before - 1
+    lost = f"lost nodes {', '.join(map(str, found.lost))}" if found.lost else "nodes joined"
+    checkpoint = ""
+    if moved.lost_bytes:
+        checkpoint = f", and {_bytes(moved.lost_bytes)} from a checkpoint: no device left has them"
+    total = moved.moved_bytes + moved.lost_bytes
+    above = f"{total / max(1, moved.bound_bytes) - 1:.1%} more than the least possible"
+    return "\n".join(
+        [
+            f"{lost}: {plan.strategy} on {plan.cluster['nodes']} nodes",
+            f"  a step takes {_seconds(now)}, {abs(slower):.1%} {'more' if slower > 0 else 'less'} "
+            f"than before ({_seconds(before)})",
+            f"  moving: {_bytes(moved.moved_bytes)} between devices in {len(moved.moves)} pieces, "
+            f"{_seconds(moved.seconds)} over the links{checkpoint} ({above})",
+            "  waiting for the repair instead: nothing is trained until then; moving there and "
+            f"back pays where it takes more than {_seconds(2 * moved.seconds)}",
+        ]
+    )
+
+
+def _bytes(number: int) -> str:
+    for size, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "KB")):
+        if number >= size:
+            return f"{number / size:.3g} {name}"
+    return f"{number} B"

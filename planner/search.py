@@ -13,7 +13,7 @@ import heapq
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -75,10 +75,15 @@ class Found:
 
 @dataclass(slots=True)
 class Search:
-    """One run of the search; keeps what candidates share."""
+    """One run of the search; keeps what candidates share.
+
+    `like` is an earlier search for the same model and work on other numbers of the same nodes: what
+    it solved inside nodes is not solved again.
+    """
 
     request: Request
     solver: Solver = "highs"
+    like: InitVar[Search | None] = None
     chain: Chain = field(init=False)
     stage_of: list[int | None] = field(init=False)
     layer: list[bool] = field(init=False)
@@ -87,7 +92,10 @@ class Search:
     _inner: dict[tuple[int, int], Inner | None] = field(default_factory=dict)
     _refused: dict[int, Infeasible] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, like: Search | None) -> None:
+        if like is not None:
+            inside = min(s.request.cluster.devices_per_node for s in (self, like))
+            self._inner = {key: inner for key, inner in like._inner.items() if key[0] <= inside}
         model = self.request.model
         self.request.fix.check_planned()
         self.request.check()

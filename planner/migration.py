@@ -1,0 +1,277 @@
+"""Moving a running job from one plan to another: who sends which part of which parameter to whom.
+
+A conversion between two layouts, carried out on live memory: what a rank of the new plan keeps and
+its device has not, comes from a device that has it. Which node takes which place of the new plan is
+an assignment problem, so that as much as possible is already there.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from ortools.graph.python.linear_sum_assignment import SimpleLinearSumAssignment
+
+from ..costmodel.cluster import Cluster
+from ..ir.region import Region
+from .holdings import Holdings
+
+Bytes = NDArray[np.float64]
+
+_MOST_DEVICES = 1024
+"""Devices up to which the bound solves an assignment of single devices."""
+_MOST_PAIRS = 4096
+"""Pairs of places and nodes up to which each is tried with the best order of its ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A part of a parameter's state, from a device to another; `source` is None where no device is
+    left that has it, so that it must come from a checkpoint. Devices count as in the old cluster.
+    """
+
+    name: str
+    source: int | None
+    target: int
+    region: Region
+    bytes: int
+
+    def to_json(self) -> dict[str, object]:
+        """`boxes` are [offsets, sizes] in the parameter's full shape."""
+        return {
+            "name": self.name,
+            "source": self.source,
+            "target": self.target,
+            "boxes": [[list(offsets), list(sizes)] for offsets, sizes in self.region.boxes()],
+            "bytes": self.bytes,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """`device_of[rank]` of the new plan. Bytes over links, and bytes that only a checkpoint has:
+    with no assignment of ranks is their sum below the bound. Seconds over the links."""
+
+    device_of: tuple[int, ...]
+    moved_bytes: int
+    lost_bytes: int
+    bound_bytes: int
+    seconds: float
+    moves: tuple[Move, ...]
+
+
+@dataclass(frozen=True)
+class Migrating:
+    """A job on its way from an old plan to a new one of the same model. `cluster` is the old
+    plan's, of which `lost_nodes` are gone; `joined` nodes are numbered after them."""
+
+    old: Holdings
+    new: Holdings
+    cluster: Cluster
+    lost_nodes: frozenset[int] = frozenset()
+    joined: int = 0
+
+    @cached_property
+    def per_node(self) -> int:
+        return self.cluster.devices_per_node
+
+    @cached_property
+    def nodes(self) -> list[int]:
+        """Nodes that there are."""
+        every = range(self.cluster.nodes + self.joined)
+        return [node for node in every if node not in self.lost_nodes]
+
+    @cached_property
+    def rank_on(self) -> dict[int, int]:
+        """Device → rank of the old plan, of the devices that are left."""
+        mapping = self.old.plan.mapping
+        found = {}
+        for rank in range(self.old.plan.mesh.size):
+            place, slot = divmod(rank, self.per_node)
+            node = place if mapping is None else mapping.node_of[place]
+            if node not in self.lost_nodes:
+                found[node * self.per_node + slot] = rank
+        return found
+
+    @cached_property
+    def shared(self) -> Bytes:
+        """(new ranks, old ranks): bytes that both keep."""
+        old, new = self.old, self.new
+        total = np.zeros((len(new.segments), new.corners, len(old.segments), old.corners))
+        groups: dict[tuple[str, int, tuple[int, ...], tuple[int, ...]], int] = defaultdict(int)
+        for name, (block, index) in old.where.items():
+            groups[block, index, new.stages[name], old.stages[name]] += 1
+        parts: dict[tuple[str, int], Bytes] = {}
+        for (block, index, to, since), count in groups.items():
+            if (block, index) not in parts:
+                ends = new.regions[block][index], old.regions[block][index]
+                parts[block, index] = old.state_bytes * _overlap(*ends)
+            for stage in to:
+                for other in since:
+                    total[stage, :, other, :] += count * parts[block, index]
+        return total.reshape(len(new.segments) * new.corners, len(old.segments) * old.corners)
+
+    @cached_property
+    def kept(self) -> Bytes:
+        """(new ranks, devices): bytes that a rank finds on a device."""
+        devices = (max(self.nodes) + 1) * self.per_node
+        found = np.zeros((len(self.shared), devices))
+        found[:, list(self.rank_on)] = self.shared[:, list(self.rank_on.values())]
+        return found
+
+    @cached_property
+    def device_of(self) -> tuple[int, ...]:
+        """The device of every new rank: places to nodes, and ranks within them, so that most of
+        what they keep is there."""
+        per_node, ranks = self.per_node, len(self.shared)
+        places = -(-ranks // per_node)
+        slots = {node: range(node * per_node, (node + 1) * per_node) for node in self.nodes}
+        few = places * len(self.nodes) <= _MOST_PAIRS
+        gain = np.zeros((places, len(self.nodes)))
+        for place in range(places):
+            here = range(place * per_node, min(ranks, (place + 1) * per_node))
+            for k, node in enumerate(self.nodes):
+                part = self.kept[here.start : here.stop, slots[node].start : slots[node].stop]
+                gain[place, k] = _best_sum(part) if few else np.trace(part)
+        found: list[int] = []
+        for place, k in enumerate(_assigned(gain)):
+            here = range(place * per_node, min(ranks, (place + 1) * per_node))
+            slot = slots[self.nodes[k]]
+            part = self.kept[here.start : here.stop, slot.start : slot.stop]
+            found += [slot.start + at for at in _assigned(part)]
+        return tuple(found)
+
+    def estimated_seconds(self) -> float:
+        """What the moves take at least: the device that receives most, from other nodes."""
+        have = self.kept[np.arange(len(self.shared)), list(self.device_of)]
+        missing = float((self.new.rank_bytes - have).max())
+        return missing / self.cluster.worst_levels[-1].reached_bytes_per_s(1)
+
+    def bound_bytes(self) -> int:
+        """What must be received however ranks are assigned to devices."""
+        wanted, here = int(self.new.rank_bytes.sum()), self.kept[:, [
+            node * self.per_node + slot for node in self.nodes for slot in range(self.per_node)
+        ]]  # fmt: skip
+        if max(here.shape) > _MOST_DEVICES:  # each rank on the device that suits it best
+            return wanted - int(here.max(axis=1).sum())
+        return wanted - int(_best_sum(here))
+
+    def result(self) -> Migration:
+        """All moves, worked out."""
+        moves = tuple(self._moves())
+        moved = sum(move.bytes for move in moves if move.source is not None)
+        lost = sum(move.bytes for move in moves if move.source is None)
+        bound = min(self.bound_bytes(), moved + lost)
+        seconds = _seconds(moves, self.cluster)
+        return Migration(self.device_of, moved, lost, bound, seconds, moves)
+
+    def _moves(self) -> Iterator[Move]:
+        """Every part that a device wants and has not; of those that have it, one of its own node
+        sends if there is one, and of these the one that has sent least."""
+        sent: dict[int, int] = defaultdict(int)
+        device_of_old = {rank: device for device, rank in self.rank_on.items()}
+        old, new = self.old, self.new
+        known: dict[tuple[str, int], list[list[tuple[Region, tuple[int, ...]]]]] = {}
+        for name, (block, index) in new.where.items():
+            if (block, index) not in known:
+                known[block, index] = self._parts(block, index)
+            for stage in new.stages[name]:
+                for corner, wanted in enumerate(known[block, index]):
+                    target = self.device_of[stage * new.corners + corner]
+                    for part, corners in wanted:
+                        having = [
+                            device_of_old[rank]
+                            for other in old.stages[name]
+                            for at in corners
+                            if (rank := other * old.corners + at) in device_of_old
+                        ]
+                        if target in having:
+                            continue
+                        node = target // self.per_node
+                        near = [d for d in having if d // self.per_node == node] or having
+                        source = min(near, key=lambda device: sent[device], default=None)
+                        size = part.elements * new.state_bytes
+                        if source is not None:
+                            sent[source] += size
+                        yield Move(name, source, target, part, size)
+
+    def _parts(self, block: str, index: int) -> list[list[tuple[Region, tuple[int, ...]]]]:
+        """Per new corner what it wants of a parameter, in pieces: each from one of the old regions,
+        with the old corners that have that."""
+        holding: dict[Region, list[int]] = {}
+        for corner, region in enumerate(self.old.regions[block][index]):
+            holding.setdefault(region, []).append(corner)
+        return [
+            [
+                (part, tuple(corners))
+                for region, corners in holding.items()
+                if (part := region & wanted).elements
+            ]
+            for wanted in self.new.regions[block][index]
+        ]
+
+
+def _overlap(new: Sequence[Region], old: Sequence[Region]) -> Bytes:
+    """(new, old): elements that two regions have in common."""
+    total = np.ones((len(new), len(old)))
+    for dim in range(len(new[0].dims)):
+        a, b = _padded(new, dim)[:, None, :, None], _padded(old, dim)[None, :, None, :]
+        length = np.minimum(a[..., 1], b[..., 1]) - np.maximum(a[..., 0], b[..., 0])
+        total *= np.maximum(length, 0).sum(axis=(2, 3))
+    return total
+
+
+def _padded(regions: Sequence[Region], dim: int) -> NDArray[np.int64]:
+    """(regions, intervals, 2): intervals of a dim, filled up with empty ones."""
+    most = max(len(region.dims[dim]) for region in regions)
+    found = np.zeros((len(regions), most, 2), np.int64)
+    for i, region in enumerate(regions):
+        if region.dims[dim]:
+            found[i, : len(region.dims[dim])] = region.dims[dim]
+    return found
+
+
+def _assigned(gain: Bytes) -> list[int]:
+    """For every row a column of its own, so that the sum is largest; there are enough columns."""
+    rows, columns = gain.shape
+    solver = SimpleLinearSumAssignment()
+    cost = np.zeros((columns, columns), np.int64)
+    cost[:rows] = -np.rint(gain).astype(np.int64)
+    for row, costs in enumerate(cost.tolist()):
+        for column, value in enumerate(costs):
+            solver.add_arc_with_cost(row, column, value)
+    if solver.solve() != solver.OPTIMAL:
+        raise AssertionError("an assignment of all rows exists")
+    return [solver.right_mate(row) for row in range(rows)]
+
+
+def _best_sum(gain: Bytes) -> float:
+    """The largest sum of an assignment."""
+    if not gain.any():
+        return 0.0
+    return float(sum(gain[row, column] for row, column in enumerate(_assigned(gain))))
+
+
+def _seconds(moves: Sequence[Move], cluster: Cluster) -> float:
+    """The busiest device's: what it sends and receives runs at once, inside its node and beyond one
+    after the other."""
+    per_node = cluster.devices_per_node
+    traffic: dict[tuple[int, bool, bool], int] = defaultdict(int)  # device, sends, leaves the node
+    for move in moves:
+        if move.source is not None:
+            away = move.source // per_node != move.target // per_node
+            traffic[move.source, True, away] += move.bytes
+            traffic[move.target, False, away] += move.bytes
+    rates = {False: float("inf"), True: cluster.worst_levels[-1].reached_bytes_per_s(1)}
+    if per_node > 1:
+        rates[False] = cluster.pair(0, 1).bandwidth_bytes_per_s
+    busy: dict[int, float] = defaultdict(float)
+    for device in {device for device, _, _ in traffic}:
+        for away, rate in rates.items():
+            most = max(traffic[device, True, away], traffic[device, False, away])
+            busy[device] += most / rate
+    return max(busy.values(), default=0.0)

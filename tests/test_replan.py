@@ -1,0 +1,193 @@
+"""Replanning after nodes are lost: everything arrives, as little as possible moves."""
+
+from __future__ import annotations
+
+import json
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import shardwright as sw
+from shardwright.cli import app
+from shardwright.costmodel.cluster import Cluster, Degraded, Island, Pair, PairMatrix
+from shardwright.ir import InvalidInput
+from shardwright.ir.from_dims import TransformerDims, transformer
+from shardwright.planner.holdings import Holdings
+from shardwright.planner.migration import Migrating
+
+DIMS = TransformerDims(layers=6, hidden=256, heads=8, kv_heads=4, ffn=512, vocab=1024, tied=True)
+MODEL = transformer(DIMS, name="small")
+WORK = sw.Workload(global_batch=48, seq_len=128)
+CLUSTER = Cluster.preset("a100-80g", nodes=4, devices_per_node=2)
+
+PLANS = (
+    "pp=2,dp=2,tp=2,zero=1", "pp=1,dp=4,tp=2,zero=3", "pp=4,dp=1,tp=2", "pp=1,dp=8,tp=1,zero=0",
+    "pp=2,dp=4,tp=1,zero=2",
+)  # fmt: skip
+
+
+def planned(fix: str, nodes: int = 4) -> sw.Plan:
+    return sw.plan(MODEL, CLUSTER.resized(nodes), WORK, fix=fix)
+
+
+def arrived(moving: Migrating) -> None:
+    """Every rank of the new plan has all it keeps: what was there, and what the moves bring."""
+    old, new = moving.old, moving.new
+    result = moving.result()
+    brought: dict[tuple[str, int], np.ndarray] = {}  # type: ignore[type-arg]
+    shape = {name: tuple(p.shape) for name, p in new.plan.model.parameters.items()}
+
+    def cells(name: str, regions: list) -> np.ndarray:  # type: ignore[type-arg]
+        found = np.zeros(shape[name], int)
+        for region in regions:
+            for offsets, sizes in region.boxes():
+                found[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))] += 1
+        return found
+
+    for move in result.moves:
+        key = move.name, move.target
+        brought[key] = brought.get(key, np.zeros(shape[move.name], int))
+        brought[key] += cells(move.name, [move.region])
+        assert move.bytes == move.region.elements * new.state_bytes
+        if move.source is not None:  # who sends it has it
+            rank = moving.rank_on[move.source]
+            stage, corner = divmod(rank, old.corners)
+            assert stage in old.stages[move.name]
+            block, index = old.where[move.name]
+            assert move.region & old.regions[block][index][corner] == move.region
+    for rank, device in enumerate(result.device_of):
+        stage, corner = divmod(rank, new.corners)
+        for name, (block, index) in new.where.items():
+            if stage not in new.stages[name]:
+                assert (name, device) not in brought
+                continue
+            wanted = cells(name, [new.regions[block][index][corner]])
+            here = np.zeros(shape[name], int)
+            if device in moving.rank_on:
+                at, there = divmod(moving.rank_on[device], old.corners)
+                if at in old.stages[name]:
+                    here = cells(name, [old.regions[block][index][there]])
+            total = wanted * here + brought.get((name, device), 0)
+            assert (total == wanted).all(), (name, device)
+
+
+@pytest.mark.parametrize("old", PLANS)
+@pytest.mark.parametrize(
+    "new", ["pp=1,dp=3,tp=2,zero=3", "pp=3,dp=1,tp=2", "pp=1,dp=6,tp=1,zero=1"]
+)
+def test_everything_arrives(old: str, new: str) -> None:
+    before, after = Holdings(planned(old)), Holdings(planned(new, nodes=3))
+    moving = Migrating(before, after, CLUSTER, frozenset([1]))
+    arrived(moving)
+    result = moving.result()
+    assert len(set(result.device_of)) == 6
+    assert not {2, 3} & set(result.device_of)
+    assert result.bound_bytes <= result.moved_bytes + result.lost_bytes
+
+
+def test_joined_nodes_are_used() -> None:
+    before, after = Holdings(planned(PLANS[0])), Holdings(planned("pp=3,dp=2,tp=2,zero=1", nodes=6))
+    moving = Migrating(before, after, CLUSTER, joined=2)
+    arrived(moving)
+    assert set(moving.device_of) == set(range(12))
+
+
+@pytest.mark.parametrize("fix", PLANS)
+def test_a_plan_that_stays_moves_nothing(fix: str) -> None:
+    held = Holdings(planned(fix))
+    result = Migrating(held, held, CLUSTER).result()
+    assert (result.moved_bytes, result.lost_bytes, result.moves) == (0, 0, ())
+    assert result.device_of == tuple(range(8)) or held.plan.strategy.zero == 0
+
+
+def test_the_assignment_moves_least() -> None:
+    before, after = Holdings(planned(PLANS[0])), Holdings(planned("pp=3,dp=1,tp=2", nodes=3))
+    moving = Migrating(before, after, CLUSTER, frozenset([3]))
+    result = moving.result()
+    wanted = after.rank_bytes.sum()
+    best = max(
+        sum(moving.kept[rank, device] for rank, device in enumerate(devices))
+        for devices in permutations(range(6))
+    )
+    assert result.bound_bytes == pytest.approx(wanted - best)
+    assert result.moved_bytes + result.lost_bytes == pytest.approx(wanted - best)
+
+
+def test_lost_shards_come_from_a_checkpoint() -> None:
+    sharded, whole = (Holdings(planned(f"pp=1,dp=8,tp=1,zero={z}")) for z in (3, 0))
+    after = Holdings(planned("pp=1,dp=6,tp=1,zero=3", nodes=3))
+    for before, copies in ((sharded, 1), (whole, 8)):
+        result = Migrating(before, after, CLUSTER, frozenset([2])).result()
+        assert (result.lost_bytes > 0) == (copies == 1)
+    state = sharded.state_bytes * MODEL.elements
+    lost = Migrating(sharded, after, CLUSTER, frozenset([2])).result().lost_bytes
+    assert lost == pytest.approx(state / 4, rel=0.02)  # what the two lost devices of eight had
+
+
+def test_holdings_are_the_state_of_the_model() -> None:
+    held = Holdings(planned("pp=1,dp=4,tp=2,zero=3"))
+    norms = sum(p.elements for n, p in MODEL.parameters.items() if "norm" in n)
+    assert held.state_bytes == 12
+    assert held.rank_bytes.sum() == 12 * (MODEL.elements + norms)  # norms on both tensor ranks
+
+
+# --- the whole -----------------------------------------------------------------------------------
+
+
+def test_a_lost_node_is_replanned(tmp_path: Path) -> None:
+    plan = planned(PLANS[0])
+    found = sw.replan(plan, [1])
+    assert found.plan.cluster["nodes"] <= 3
+    assert found.plan.workload["global_batch"] == 48
+    assert sw.replan(plan, [1], fix="tp=2").plan.strategy.tp == 2
+    assert 1 not in {device // 2 for device in found.migration.device_of}
+    with pytest.raises(InvalidInput, match="node 4: expected 0 to 3"):
+        sw.replan(plan, [4])
+    with pytest.raises(InvalidInput, match="all 4 nodes are lost"):
+        sw.replan(plan, [0, 1, 2, 3])
+    with pytest.raises(InvalidInput, match="nothing changed"):
+        sw.replan(plan)
+
+
+def test_the_command_writes_plan_and_moves(tmp_path: Path) -> None:
+    plan, new, moves = (tmp_path / name for name in ("plan.json", "new.json", "moves.jsonl"))
+    planned(PLANS[0]).save(plan)
+    arguments = ["replan", str(plan), "--lost", "0", "3", "-o", str(new), "--moves", str(moves)]
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    shown = json.loads(done.stdout)
+    assert shown["replan"]["lost"] == [0, 3]
+    assert sw.Plan.load(new).cluster["nodes"] == 2
+    lines = [json.loads(line) for line in moves.read_text().splitlines()]
+    assert len(lines) == shown["replan"]["migration"]["moves"]
+    peers = sum(line["bytes"] for line in lines if line["source"] is not None)
+    assert peers == shown["replan"]["migration"]["moved_bytes"]
+    text = CliRunner().invoke(app, arguments).stdout
+    assert "lost nodes 0, 3: " in text and "waiting for the repair instead" in text
+    again = CliRunner().invoke(app, ["replan", str(new), "--gained", "2"])
+    assert again.exit_code == 0 and "nodes joined: " in again.stdout
+    wrong = CliRunner().invoke(app, ["replan", str(plan), "3"])
+    assert wrong.exit_code == 2 and "expected --lost before" in wrong.stderr
+
+
+def test_nodes_left_keep_what_is_known_of_them() -> None:
+    measured = np.array([[0, 5, 6, 7], [5, 0, 8, 9], [6, 8, 0, 10], [7, 9, 10, 0]]) * 1e9
+    cluster = CLUSTER.with_pairs(PairMatrix.of(measured)).with_pairs(
+        [Pair(nodes=(1, 3), bandwidth_fraction=0.5), Pair(devices=(2, 7), latency_s=1e-3),
+         Pair(nodes=(0, 1), bandwidth_fraction=0.5)]
+    )  # fmt: skip
+    cluster = cluster.model_copy(
+        update={"degraded": (Degraded(nodes=(0, 2), compute_fraction=0.5),),
+                "islands": (Island(name="a", nodes=1), Island(name="b", nodes=3))}
+    )  # fmt: skip
+    left = cluster.without([0])
+    assert left.nodes == 3 and [island.name for island in left.islands] == ["b"]
+    assert [pair.ends for pair in left.pairs] == [(0, 2), (0, 5)]
+    assert [entry.nodes for entry in left.degraded] == [(1,)]
+    assert left.matrix is not None
+    assert left.matrix.bandwidth_bytes_per_s[0, 1] == pytest.approx(8e9)
+    assert cluster.without([]) is cluster
+    assert cluster.without([1, 2, 3]).matrix is None
