@@ -159,8 +159,9 @@ def plan(
     request = _planner.Request(traced, where.at_slowest(), workload, fixed)
     search = _planner.Search(request)
     found = search.run(top, progress)
-    mesh = search.mesh(found.outcomes[0].candidate)
-    return Plan._of(_planner.build_plan(request, mesh, found))
+    best = found.outcomes[0]
+    advice = _planner.advice_on(where, request, best)
+    return Plan._of(_planner.build_plan(request, search.mesh(best.candidate), found, advice))
 
 
 def predict(

@@ -147,17 +147,26 @@ class Links:
         latency = np.array([[at.latency_s for at in levels] for levels in self.levels])
         reach = np.array([[at.reached_bytes_per_s(1) for at in levels] for levels in self.levels])
         left = np.array([self.fraction_of_node.get(node, 1.0) for node in range(nodes)])
+        measured = slice(0, 0)
+        if self.relative is not None:
+            measured = slice(self.first_node, self.first_node + len(self.relative))
         latency_s = np.maximum(latency[island[:, None], level], latency[island[None, :], level])
-        bandwidth = np.minimum(
-            reach[island[:, None], level] * left[:, None],
-            reach[island[None, :], level] * left[None, :],
-        )
+
+        def promised(left: NDArray[np.float64]) -> NDArray[np.float64]:
+            one, other = island[:, None], island[None, :]
+            found: NDArray[np.float64] = np.minimum(
+                reach[one, level] * left[:, None], reach[other, level] * left[None, :]
+            )
+            return found
+
+        bandwidth = promised(left)
+        # a measurement goes before what is said of a node
+        bandwidth[measured, measured] = promised(np.ones(nodes))[measured, measured]
         for (first, second), entry in self.islands.items():
             where = np.ix_(island == first, island == second)
             _lay_over_array(entry, where, latency_s, bandwidth)
         if self.relative is not None:
-            inside = slice(self.first_node, self.first_node + len(self.relative))
-            bandwidth[inside, inside] *= self.relative
+            bandwidth[measured, measured] *= self.relative
         for ends, entry in self.nodes.items():
             _lay_over_array(entry, ends, latency_s, bandwidth)
         np.fill_diagonal(latency_s, 0.0)

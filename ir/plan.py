@@ -163,7 +163,8 @@ class Plan:
 
     `mesh` has the axes `pp`, `dp` and `tp` (or its sub-axes `tp0`, `tp1`, …), outermost first;
     types name all of them but `pp`. `workload` and `cluster` are what the plan was made for.
-    `mapping` is None where all nodes are alike.
+    `mapping` is None where all nodes are alike. `advice` says what about the job itself would make
+    it faster.
     """
 
     model: Model
@@ -178,6 +179,7 @@ class Plan:
     certificate: Certificate
     alternatives: tuple[Alternative, ...] = ()
     mapping: NodeMapping | None = None
+    advice: tuple[str, ...] = ()
 
     @property
     def microbatches(self) -> int:

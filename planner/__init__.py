@@ -14,6 +14,7 @@ mapping          which node takes which place of a job
 traffic          what a configuration sends between nodes
 step             the price of a step: stages, schedule, what happens once, memory
 predict          the price of a given configuration, without a search
+leave_out        whether a job is faster without its slow nodes
 holdings         what every rank of a plan keeps from step to step
 migration        moving a running job from one plan to another
 replan           the best plan after nodes were lost or joined, the way there included
@@ -22,6 +23,7 @@ build, report    the plan, and the plan in words
 
 from .build import build_plan, check_described
 from .fix import Fix
+from .leave_out import advice_on
 from .predict import Prediction, predict
 from .replan import Replanned, replan
 from .report import explain, summary, to_json
@@ -35,6 +37,7 @@ __all__ = [
     "Replanned",
     "Request",
     "Search",
+    "advice_on",
     "build_plan",
     "check_described",
     "explain",

@@ -31,7 +31,7 @@ from .request import Request, repeated
 from .search import GIB, Found, Outcome
 
 
-def build_plan(request: Request, mesh: Mesh, found: Found) -> Plan:
+def build_plan(request: Request, mesh: Mesh, found: Found, advice: tuple[str, ...] = ()) -> Plan:
     """The plan of the best outcome; the others become its alternatives."""
     best = found.outcomes[0]
     model = request.model
@@ -59,6 +59,7 @@ def build_plan(request: Request, mesh: Mesh, found: Found) -> Plan:
         ),
         alternatives=tuple(_alternative(request, best, other) for other in found.outcomes[1:]),
         mapping=best.mapping,
+        advice=advice,
     )
 
 

@@ -27,14 +27,14 @@ Ints = NDArray[np.intp]
 
 EXACT_NODES = 16
 """Nodes up to which the exact program is tried."""
-_EXACT_EFFORT = 2.0
+_EXACT_EFFORT = 1.0
 """CP-SAT's deterministic time, about seconds; what is not proved by then carries its bound."""
-_RESTARTS, _RESTARTS_OF_LARGE, _LARGE = 8, 2, 64
+_RESTARTS, _RESTARTS_OF_LARGE, _LARGE = 16, 2, 64
 """Starts of the exchanges, and those on clusters of more than `_LARGE` nodes."""
-_STEPS = 1000
+_STEPS = 2000
 _TRIED = 32
 """Exchanges that one step of annealing looks at; the temperature falls over `_STEPS`."""
-_MOST_EDGES = 300_000_000
+_MOST_EDGES = 150_000_000
 """Edges that one descent prices, a few seconds."""
 _NORM = 8
 """The sum of worst edges is flat almost everywhere; annealing follows norms of this order."""

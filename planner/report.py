@@ -69,6 +69,7 @@ def summary(plan: Plan) -> str:
         f"{plan.certificate.pruned} pruned, {plan.certificate.infeasible} infeasible, "
         f"{plan.certificate.seconds:.1f} CPU s",
         *_mapping(plan),
+        *(f"  {line}" for line in plan.advice),
         "",
     ]
     return render("\n".join(lines), _stages(plan), "", _parameters(plan))
@@ -253,6 +254,7 @@ def to_json(plan: Plan) -> dict[str, object]:
             name: {"stages": stages[name], "sbp": stored(plan.strategy.zero, kind).to_json()}
             for name, kind in types.items()
         },
+        "advice": list(plan.advice),
         "mapping": None if plan.mapping is None else asdict(plan.mapping),
         "alternatives": [
             {

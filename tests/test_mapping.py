@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardwright as sw
-from shardwright.costmodel.cluster import Cluster, Pair, PairMatrix
+from shardwright.costmodel.cluster import Cluster, Degraded, Pair, PairMatrix
 from shardwright.ir import InvalidInput
 from shardwright.ir.from_dims import TransformerDims, transformer
 from shardwright.planner import mapping as mapping_module
 from shardwright.planner.candidates import Candidate
+from shardwright.planner.leave_out import slow_nodes
 from shardwright.planner.mapping import Array, Flow, flow_seconds, map_places
 from shardwright.planner.traffic import StageTraffic, has_choice, mapped, slowness_of
 
@@ -178,3 +179,35 @@ def test_a_plan_says_how_to_place_its_nodes(tmp_path: Path) -> None:
     )
     worse = sw.plan(model, everywhere, WORK, fix=fix)
     assert worse.predicted.step_seconds > 1.02 * best.predicted.step_seconds
+
+
+# --- slow nodes ----------------------------------------------------------------------------------
+
+
+def test_a_slow_node_is_better_left_out() -> None:
+    model = transformer(TransformerDims(layers=8, hidden=2048, heads=16, ffn=8192, vocab=32000))
+    plain = Cluster.preset("a100-80g", nodes=3)
+    work = sw.Workload(global_batch=96, seq_len=1024)
+
+    def plan(fraction: float) -> sw.Plan:
+        slow = Degraded(nodes=(1,), compute_fraction=fraction)
+        return sw.plan(model, plain.model_copy(update={"degraded": (slow,)}), work)
+
+    assert slow_nodes(plain) == () and sw.plan(model, plain, work).advice == ()
+    assert plan(0.95).advice == ()  # two nodes are not faster than three
+    slow = plan(0.3)
+    two = sw.plan(model, plain.resized(2), work).predicted.step_seconds
+    (line,) = slow.advice
+    gain = 1 - two / slow.predicted.step_seconds
+    assert line.startswith(f"without node 1 a step takes {two:.4g} s, {gain:.1%} less: pp=")
+    assert line in str(slow)
+
+
+def test_slow_nodes_are_those_of_slow_links() -> None:
+    measured = np.full((5, 5), 8e9)
+    measured[3, :] = measured[:, 3] = 4e9
+    measured[0, 1] = measured[1, 0] = 1e9  # a bad link makes no slow node
+    cluster = Cluster.preset("a100-80g", nodes=5).with_pairs(PairMatrix.of(measured))
+    assert slow_nodes(cluster) == (3,)
+    degraded = Degraded(nodes=(4,), bandwidth_fraction=0.1)
+    assert slow_nodes(cluster.model_copy(update={"degraded": (degraded,)})) == (4, 3)
