@@ -156,11 +156,11 @@ def plan(
     fixed = _planner.Fix.parse(fix)  # what is quick to refuse comes before tracing
     where = Cluster.parse(cluster) if isinstance(cluster, str) else cluster
     traced = trace(model, example_inputs, loss=loss)
-    request = _planner.Request(traced, where.at_slowest(), workload, fixed)
+    request = _planner.Request.on(traced, where, workload, fixed)
     search = _planner.Search(request)
     found = search.run(top, progress)
     best = found.outcomes[0]
-    advice = _planner.advice_on(where, request, best)
+    advice = _planner.advice_on(request, best)
     return Plan._of(_planner.build_plan(request, search.mesh(best.candidate), found, advice))
 
 
@@ -186,7 +186,7 @@ def predict(
     where = Cluster.parse(cluster) if isinstance(cluster, str) else cluster
     runs = Runtime.preset(runtime) if isinstance(runtime, str) else runtime
     traced = _priceable(model, example_inputs, loss)
-    return _planner.predict(_planner.Request(traced, where.at_slowest(), workload, fixed, runs))
+    return _planner.predict(_planner.Request.on(traced, where, workload, fixed, runs))
 
 
 def replan(

@@ -18,17 +18,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..ir.errors import InvalidInput
 from . import cluster_file, consistency, yaml_files
 from .curves import Curve
 from .device import Device
+from .efficiency import ComputeDtype
 from .islands import Degraded, Island, NamedDevice
 from .levels import Level, slowest_level
 from .links import Link, Links, island_of_node, links_of
 from .notes import notes_on
 from .pairs import Pair, PairMatrix
+from .yaml_files import Misfit
 
 __all__ = ["Cluster", "Degraded", "Island", "Level", "Link", "Pair", "PairMatrix"]
 
@@ -112,6 +114,15 @@ class Cluster(BaseModel):
     def notes(self) -> tuple[str, ...]:
         """What a reader of a plan on this cluster should know: asymmetry, noise, slow links."""
         return notes_on(self)
+
+    def peak_flops_per_s(self, dtype: ComputeDtype) -> float:
+        """The peaks of all devices together, degraded ones counted as whole."""
+        if not self.islands:
+            return self.world_size * self.device.peak(dtype)
+        return sum(
+            island.nodes * self.devices_per_node * (island.device or self.device).peak(dtype)
+            for island in self.islands
+        )
 
     def device_of(self, rank: int) -> Device:
         """The device of a rank; raises InvalidInput for an unknown rank."""
@@ -315,6 +326,13 @@ class Cluster(BaseModel):
     def _with(self, **fields: Any) -> Cluster:
         data = {name: getattr(self, name) for name in type(self).model_fields} | fields
         return yaml_files.validated(Cluster, data, f"cluster {self.name}")
+
+    @field_validator("nodes", "devices_per_node", mode="before")
+    @classmethod
+    def _is_no_switch(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # what YAML makes of yes and no
+            raise Misfit(f"is {str(value).lower()}, expected a whole number")
+        return value
 
     @model_validator(mode="before")
     @classmethod

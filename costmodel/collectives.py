@@ -93,9 +93,12 @@ def _known(cluster: Cluster, kind: CollectiveKind, group: Group) -> _Known | Non
     found = _nearest(cluster, kind, shape)
     if found is None:
         return _Known(model, "model")
-    if found.collective == kind and found.shape == shape:
+    same = found.collective == kind and found.shape == shape
+    if same and (found.as_is or not cluster.degraded):
         return _Known(model, "measured", found.reading())
-    there = _model(cluster, found.collective, path_of(cluster, found.shape))
+    # Curves are those of a whole cluster, unless this one was probed as it is.
+    whole = cluster if found.as_is else cluster.model_copy(update={"degraded": ()})
+    there = _model(whole, found.collective, path_of(whole, found.shape))
     scaled = tuple(
         seconds * _best(model, size) / _best(there, size)
         for size, seconds in zip(found.bytes, found.seconds, strict=True)

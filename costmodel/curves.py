@@ -31,7 +31,8 @@ class Curve(BaseModel):
     """A collective measured on one group shape, at one or more sizes.
 
     `bytes` are ascending sizes of the full logical tensor, as `collective_seconds` defines them;
-    `seconds` the time measured at each. `source` says where the figures come from. A `send`
+    `seconds` the time measured at each. `source` says where the figures come from, `as_is`
+    that they were measured on the very cluster they stand in, slow nodes included. A `send`
     measured between two devices has a shape of ones and a last 2: `(2,)` inside the innermost
     level, `(1, 2)` across the next.
     """
@@ -43,6 +44,7 @@ class Curve(BaseModel):
     bytes: tuple[float, ...]
     seconds: tuple[float, ...]
     source: str = ""
+    as_is: bool = False
 
     @field_validator("shape")
     @classmethod

@@ -139,28 +139,50 @@ class Device(BaseModel):
 
     @staticmethod
     def worst(devices: Sequence[Device], compute_fraction: float = 1.0) -> Device:
-        """The least of every figure of several devices, arithmetic at a fraction of its pace.
+        """As slow and as small in everything as the slowest of several devices, arithmetic at a
+        fraction of its pace.
 
-        Measured curves are left out where there are several devices.
+        What products, attention and memory reach, peak times efficiency, is the least of the
+        devices'. The rest is that of the device that is slowest at products. Measured curves are
+        left out where there are several devices.
         """
-        first = devices[0]
-        dtypes = {d: min(device.peak(d) for device in devices) for d in get_args(ComputeDtype)}
-        peaks = {d: rate * compute_fraction for d, rate in dtypes.items()}
-        least = {
-            name: min(getattr(device, name) for device in devices)
-            for name in (
-                "memory_bytes", "memory_bandwidth_bytes_per_s", "matmul_efficiency_fraction",
-                "attention_efficiency_fraction", "memory_efficiency_fraction",
-            )
-        }  # fmt: skip
+        dtypes: tuple[ComputeDtype, ...] = get_args(ComputeDtype)
+
+        def matmul(device: Device, dtype: ComputeDtype) -> float:
+            return device.peak(dtype) * device.matmul_efficiency_fraction
+
+        slowest = min(devices, key=lambda device: matmul(device, "bfloat16"))
+        fraction = slowest.matmul_efficiency_fraction
+        peaks = {
+            dtype: compute_fraction * min(matmul(device, dtype) for device in devices) / fraction
+            for dtype in dtypes
+        }
+        wide = slowest.peak("bfloat16")
+        attention = [d.attention_efficiency_fraction * d.peak("bfloat16") for d in devices]
+        portable = [
+            (d.portable_attention_fraction or d.attention_efficiency_fraction) * d.peak("bfloat16")
+            for d in devices
+        ]
+        memory_fraction = slowest.memory_efficiency_fraction
+        bandwidth = min(
+            device.memory_bandwidth_bytes_per_s * device.memory_efficiency_fraction
+            for device in devices
+        )
         most = {
             name: max(getattr(device, name) for device in devices)
             for name in ("kernel_launch_s", "reserve_bytes")
         }
-        names = "+".join(dict.fromkeys(device.name for device in devices))
-        curves = first.curves if len(devices) == 1 and compute_fraction == 1.0 else ()
-        changes = {"name": names, "peak_flops_per_s": PeakFlops(**peaks), "curves": curves}
-        return first.model_copy(update={**changes, **least, **most})
+        changes = {
+            "name": "+".join(dict.fromkeys(device.name for device in devices)),
+            "memory_bytes": min(device.memory_bytes for device in devices),
+            "peak_flops_per_s": PeakFlops(**peaks),
+            "attention_efficiency_fraction": min(1.0, min(attention) / wide),
+            "portable_attention_fraction": min(1.0, min(portable) / wide),
+            "memory_bandwidth_bytes_per_s": bandwidth / memory_fraction,
+            "curves": slowest.curves if len(devices) == 1 and compute_fraction == 1.0 else (),
+            **most,
+        }
+        return slowest.model_copy(update=changes)
 
     @staticmethod
     def parse(spec: str) -> Device:

@@ -21,7 +21,9 @@ class Strategy:
     """Degrees of parallelism and the choices beside them.
 
     `micro_batch` in sequences per data-parallel rank; `layers` counts the segments of the repeated
-    run per stage, as `--fix stages=8-8-7-9` gives them; `zero` is 0 (none) to 3 (FSDP).
+    run per stage, as `--fix stages=8-8-7-9` gives them; `zero` is 0 (none) to 3 (FSDP), its state
+    split over `zero_group` neighbouring data-parallel ranks (0: all). `sp`: whether values between
+    blocks were fixed to be split along the sequence, or not (None: as is cheapest).
     """
 
     pp: int = 1
@@ -35,6 +37,9 @@ class Strategy:
     vpp: int = 1
     cp: int = 1
     ep: int = 1
+    etp: int = 1
+    zero_group: int = 0
+    sp: bool | None = None
 
     @property
     def ranks(self) -> int:
@@ -44,7 +49,8 @@ class Strategy:
         """The fields scripts rely on."""
         names = ("pp", "vpp", "dp", "cp", "tp", "ep", "zero", "micro_batch", "schedule")
         data: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return data | {"recompute": self.recompute, "stages": list(self.layers)}
+        more = {"etp": self.etp, "zero_group": self.zero_group, "sp": self.sp}
+        return data | {"recompute": self.recompute, "stages": list(self.layers), **more}
 
     def __str__(self) -> str:
         shown = [f"pp={self.pp}", f"dp={self.dp}", f"tp={self.tp}", f"zero={self.zero}"]

@@ -106,10 +106,9 @@ def strategy_of(request: Request, outcome: Outcome) -> Strategy:
 
 def predicted(request: Request, outcome: Outcome) -> Predicted:
     """The cost model's figures for an outcome."""
-    workload, cluster = request.workload, request.cluster
+    workload = request.workload
     tokens = workload.global_batch * workload.seq_len
-    peak = cluster.device.peak(request.precision.compute_dtype)
-    mfu = request.flops_per_step() / (outcome.seconds * cluster.world_size * peak)
+    mfu = request.flops_per_step() / (outcome.seconds * request.peak_flops_per_s)
     return Predicted(
         outcome.seconds,
         tokens / outcome.seconds,
@@ -123,7 +122,7 @@ def predicted(request: Request, outcome: Outcome) -> Predicted:
 
 def describe(request: Request) -> dict[str, Any]:
     """The cluster as the plan file keeps it."""
-    return dict(request.cluster.model_dump(mode="json"))
+    return dict((request.hardware or request.cluster).model_dump(mode="json"))
 
 
 def check_described(plan: Plan) -> None:

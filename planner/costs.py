@@ -13,6 +13,7 @@ from math import prod
 from ..costmodel.cluster import Cluster
 from ..costmodel.collectives import Group, collective_seconds
 from ..costmodel.kernels import Kernels
+from ..costmodel.overlap import exposed_seconds
 from ..costmodel.precision import Precision
 from ..costmodel.runtime import Runtime
 from ..costmodel.saved import runs_again
@@ -192,7 +193,7 @@ class ModelCosts:
         group = Group(self.candidate.cp, self.candidate.tp)
         once = collective_seconds(self.cluster, "all_gather", moved, group)
         for work, rounds in ((forward, 1), (backward, 2)):
-            exposed = max(0.0, rounds * once - work.total_s)
+            exposed = exposed_seconds(rounds * once, work.total_s)
             work.add(Work.communication("context_parallel", exposed, self.runtime))
 
     def _exchange(self, block: str, op: Op, forward: Work, backward: Work) -> None:

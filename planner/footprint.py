@@ -181,14 +181,24 @@ def _accumulated_bytes(precision: Precision, candidate: Candidate, runtime: Runt
 
 
 def _gathers(request: Request, candidate: Candidate, inner: Inner, blocks: set[str]) -> int:
-    largest = max((sum(inner.local_parameters[block]) for block in blocks), default=0)
-    return gather_bytes(
-        largest,
-        request.precision,
-        candidate.zero,
-        candidate.shards,
-        gradient_bytes=request.runtime.gradient_bytes,
-    )
+    """Buffers of the block that needs most; experts have fewer copies to share their state."""
+
+    def of_block(block: str) -> int:
+        inside, graph = inner.expert_parameters[block], request.model.blocks[block]
+        sizes = dict(zip(graph.parameters, inner.local_parameters[block], strict=True))
+        experts = sum(size for name, size in sizes.items() if name in inside)
+        return sum(
+            gather_bytes(
+                elements, request.precision, candidate.zero, shards,
+                gradient_bytes=request.runtime.gradient_bytes,
+            )
+            for elements, shards in (
+                (sum(sizes.values()) - experts, candidate.shards),
+                (experts, candidate.expert_shards),
+            )
+        )  # fmt: skip
+
+    return max(map(of_block, blocks), default=0)
 
 
 def _flat_buffers(request: Request, candidate: Candidate, parameters: Parameters) -> int:

@@ -37,16 +37,14 @@ def slow_nodes(cluster: Cluster) -> tuple[int, ...]:
     return tuple(sorted(slow, key=lambda node: (speed[node], node)))
 
 
-def advice_on(cluster: Cluster, request: Request, best: Outcome) -> tuple[str, ...]:
-    """One line for every way of leaving slow nodes out that is faster than the plan on all nodes.
-
-    `cluster` is the job's as it is, `request` what was planned on it.
-    """
+def advice_on(request: Request, best: Outcome) -> tuple[str, ...]:
+    """One line for every way of leaving slow nodes out that is faster than the plan on all."""
+    cluster = request.hardware or request.cluster
     slow = slow_nodes(cluster)
     found = []
     for count in dict.fromkeys(n for n in (1, len(slow)) if 0 < n <= len(slow) < cluster.nodes):
-        fewer = cluster.without(slow[:count]).at_slowest()
-        other = Request(request.model, fewer, request.workload, request.fix, request.runtime)
+        fewer = cluster.without(slow[:count])
+        other = Request.on(request.model, fewer, request.workload, request.fix, request.runtime)
         try:
             outcome = Search(other).run(top=1).outcomes[0]
         except (InvalidInput, Infeasible):  # the batch, the pins or the memory want all nodes

@@ -20,12 +20,14 @@ from ..ir.schedule_rows import default_vpp, schedule_placement
 from .candidates import Candidate, placement_of
 from .chain import Chain
 from .costs import ModelCosts
+from .experts import ExpertPart
 from .fix import Fix
 from .inner import Inner, chosen_types, inner_of, splits_anything, sub_axes
 from .report import prediction_text, stored
 from .request import Request, bounds_of, pinned_types, repeated
 from .sbp_program import solve
 from .step import price_step
+from .traffic import has_choice, in_order
 
 Types = Mapping[str, Annotation]
 """Block → the types of its values on the tensor axes."""
@@ -108,10 +110,15 @@ class Prediction:
         for stage, (first, last) in enumerate(pairwise(self.bounds)):
             for segment in self.model.segments[first:last]:
                 types = self.annotations[segment.block].parameters
-                for name, kind in zip(segment.parameters, types, strict=True):
-                    entry = found.setdefault(
-                        name, {"stages": [], "sbp": stored(self.strategy.zero, kind).to_json()}
-                    )
+                graph = self.model.blocks[segment.block]
+                experts = ExpertPart.of(graph).parameters if self.strategy.ep > 1 else frozenset()
+                for name, own, kind in zip(
+                    segment.parameters, graph.parameters, types, strict=True
+                ):
+                    sbp = stored(self.strategy.zero, kind).to_json()
+                    if own in experts:  # of its first dim, the experts
+                        sbp["ep"] = "S(0)"
+                    entry = found.setdefault(name, {"stages": [], "sbp": sbp})
                     entry["stages"] += [stage] * (stage not in entry["stages"])
         return found
 
@@ -133,10 +140,11 @@ def predict(request: Request) -> Prediction:
         ["none" if i not in layers else mode for i in range(first, last)]
         for first, last in pairwise(bounds)
     ]
-    price = price_step(request, candidate, inner, bounds, modes)
+    slowdown = in_order(request.cluster, candidate) if has_choice(request.cluster) else None
+    price = price_step(request, candidate, inner, bounds, modes, slowdown=slowdown)
     work, cluster = request.workload, request.cluster
     seconds = price.seconds
-    peak = cluster.device.peak(request.precision.compute_dtype)
+    peak = request.peak_flops_per_s
     counts, per_rank = layers.per_stage(bounds), [0] * candidate.pp
     for rank, count in zip(placement_of(candidate), counts, strict=True):
         per_rank[rank] += count
@@ -153,11 +161,14 @@ def predict(request: Request) -> Prediction:
             vpp=candidate.vpp,
             cp=candidate.cp,
             ep=candidate.ep,
+            etp=candidate.etp,
+            zero_group=candidate.zero_group,
+            sp=request.fix.sp,
         ),
         seconds,
         work.global_batch * work.seq_len / seconds,
-        request.flops_per_step() / (seconds * cluster.world_size * peak),
-        price.flops / (seconds * peak),
+        request.flops_per_step() / (seconds * peak),
+        price.flops * cluster.world_size / (seconds * peak),
         price.time,
         price.memory,
         request.limit_bytes,
@@ -217,6 +228,8 @@ def candidate_of(request: Request) -> Candidate:
     if pp * vpp > layers + 2:
         raise InvalidInput(f"--fix: pp*vpp = {pp}*{vpp} stages, but the model has {layers} layers")
     group = fix.zero_group or 0
+    if group and not fix.zero:
+        raise InvalidInput(f"--fix: zero_group={group} without ZeRO, expected zero=1, 2 or 3")
     if group and (dp * cp) % group:
         raise InvalidInput(f"--fix: zero_group={group} does not divide dp*cp = {dp * cp}")
     if (dp * cp * tp) % (ep * etp):

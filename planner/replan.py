@@ -88,7 +88,7 @@ def replan(
     for nodes in range(joined.nodes, 0, -1):
         if best is not None and nodes < LEAST_SHARE * joined.nodes:
             break
-        request = Request(plan.model, joined.resized(nodes), Workload(**plan.workload), fix)
+        request = Request.on(plan.model, joined.resized(nodes), Workload(**plan.workload), fix)
         try:
             search = Search(request, like=search)
             found = search.run(top=FINALISTS)

@@ -203,7 +203,11 @@ def stored(zero: int, kind: NdType) -> NdType:
 def prediction_text(found: Prediction) -> str:
     """A prediction as a table a person can read."""
     strategy, seconds = found.strategy, found.step_seconds
-    shown = [f"{key}={value}" for key, value in strategy.to_json().items() if key != "stages"]
+    shown = [
+        f"{key}={value}"
+        for key, value in strategy.to_json().items()
+        if key != "stages" and (key not in ("etp", "zero_group", "sp") or value not in (None, 0, 1))
+    ]
     head = [
         f"{found.model.name or 'model'}: {' '.join(shown)}",
         f"  step {_seconds(seconds)}   {found.tokens_per_second:,.0f} tokens/s   "

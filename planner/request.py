@@ -15,7 +15,7 @@ from ..costmodel.runtime import Runtime
 from ..costmodel.shards import local_sizes
 from ..ir import InvalidInput
 from ..ir.from_dims import expert_binding
-from ..ir.graph import Graph, Model
+from ..ir.graph import Graph, Model, bind
 from ..ir.optable import TABLE
 from ..ir.plan import data_parallel_types
 from ..ir.types import AxisType
@@ -25,17 +25,33 @@ from .fix import Fix
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A planning problem."""
+    """A planning problem. `cluster` is priced; `hardware`, where the job is priced at the pace of
+    its slowest devices, is the cluster as it is."""
 
     model: Model
     cluster: Cluster
     workload: Workload
     fix: Fix
     runtime: Runtime = field(default_factory=lambda: Runtime.preset("torch"))
+    hardware: Cluster | None = None
+
+    @staticmethod
+    def on(
+        model: Model, cluster: Cluster, workload: Workload, fix: Fix, runtime: Runtime | None = None
+    ) -> Request:
+        """A problem on a cluster as it is: every device does the same work, at the pace of the
+        slowest."""
+        runs = runtime or Runtime.preset("torch")
+        return Request(model, cluster.at_slowest(), workload, fix, runs, cluster)
 
     @property
     def precision(self) -> Precision:
         return Precision.preset(self.workload.precision)
+
+    @property
+    def peak_flops_per_s(self) -> float:
+        """What all devices could do, each at its own peak: what MFU is measured against."""
+        return (self.hardware or self.cluster).peak_flops_per_s(self.precision.compute_dtype)
 
     @property
     def limit_bytes(self) -> int:
@@ -76,9 +92,11 @@ class Request:
         return None
 
     def check(self) -> None:
-        """Raises InvalidInput where the model has fewer learned positions than tokens, or where a
-        fixed degree does not fit the cluster or the model."""
+        """Raises InvalidInput where the model has fewer learned positions than tokens, the device
+        has no units for the precision, or a fixed degree does not fit the cluster or the model."""
         self._check_positions()
+        self._check_heads()
+        self._check_units()
         if (self.fix.dp or 1) > 1 and (reason := self.whole_batch()):
             raise InvalidInput(f"--fix: dp={self.fix.dp}: {reason}")
         fix, world = self.fix, self.cluster.world_size
@@ -96,6 +114,28 @@ class Request:
                     f"--fix: stages={'-'.join(map(str, fix.stages))} adds up to "
                     f"{sum(fix.stages)} layers, the model has {pins.count}"
                 )
+
+    def _check_heads(self) -> None:
+        """A fixed tp must share out the heads of every attention."""
+        tp = self.fix.tp or 1
+        for graph in self.model.blocks.values():
+            for op in graph.ops:
+                if TABLE[op.kind].work != "attention":
+                    continue
+                heads = prod(bind(op.sizes[factor], {}) for factor in op.rule.operands[0][1])
+                if heads % tp:
+                    raise InvalidInput(
+                        f"--fix: tp={tp} does not divide the model's {heads} attention heads"
+                    )
+
+    def _check_units(self) -> None:
+        """Float8 products need units for them; wider dtypes run on the next wider ones."""
+        device, dtype = self.cluster.device, self.precision.linear_dtype
+        if dtype == "float8" and device.peak_flops_per_s.float8 is None:
+            raise InvalidInput(
+                f"precision {self.workload.precision}: {device.name} has no float8 units, expected "
+                "bf16 or another that it has"
+            )
 
     def _check_positions(self) -> None:
         """A table of learned positions must have a row for every token of a sequence."""

@@ -64,21 +64,14 @@ def mapped(
 ) -> tuple[NodeMapping, Slowdown]:
     """The best mapping of a configuration found, and what its links do to communication."""
     slowness, routes = slowness_of(cluster), _Routes(cluster, candidate)
-    flows = routes.flows(stages)
     places = -(-candidate.ranks // cluster.devices_per_node)
-    found = map_places(flows, places, slowness, seed)
+    found = map_places(routes.flows(stages), places, slowness, seed)
+    return found, routes.slowdown(found.node_of, slowness)
 
-    def factor(ends: Ints, scale: float) -> float:
-        """What the slowest link of a group makes of its seconds; 1 for one within a node."""
-        each = flow_seconds(Flow("", ends, np.full(len(ends), scale)), found.node_of, slowness)
-        return float(each.max(initial=0.0)) or 1.0
 
-    ranks, count = routes.placement, len(stages)
-    return found, Slowdown(
-        tuple(factor(routes.data(ranks[v]), routes.data_scale) for v in range(count)),
-        tuple(factor(routes.tensor(ranks[v]), routes.tensor_scale) for v in range(count)),
-        tuple(factor(routes.boundary(v), routes.pipe_scale) for v in range(count - 1)),
-    )
+def in_order(cluster: Cluster, candidate: Candidate) -> Slowdown:
+    """What links do to communication where ranks are started node by node, in order."""
+    return _Routes(cluster, candidate).slowdown(range(cluster.nodes), slowness_of(cluster))
 
 
 class _Routes:
@@ -108,6 +101,21 @@ class _Routes:
     def boundary(self, stage: int) -> Ints:
         """(edges, 2): from the ranks of a (virtual) stage to those of the next."""
         return _edges(self.place[self.placement[stage]], self.place[self.placement[stage + 1]])
+
+    def slowdown(self, node_of: Sequence[int], slowness: Array) -> Slowdown:
+        """The factors of every stage and boundary under a mapping."""
+
+        def factor(ends: Ints, scale: float) -> float:
+            """What the slowest link of a group makes of its seconds; 1 for one within a node."""
+            each = flow_seconds(Flow("", ends, np.full(len(ends), scale)), node_of, slowness)
+            return float(each.max(initial=0.0)) or 1.0
+
+        ranks = self.placement
+        return Slowdown(
+            tuple(factor(self.data(rank), self.data_scale) for rank in ranks),
+            tuple(factor(self.tensor(rank), self.tensor_scale) for rank in ranks),
+            tuple(factor(self.boundary(v), self.pipe_scale) for v in range(len(ranks) - 1)),
+        )
 
     def flows(self, stages: Sequence[StageTraffic]) -> list[Flow]:
         """All that a step sends between places. What stages do at the same time is one flow, whose

@@ -260,6 +260,7 @@ def test_a_file_written_by_hand(tmp_path: Path) -> None:
         ("node,", "3,", r"line 6: levels\[0\].span_devices is 3, expected part of a node"),
         ("cluster\n", "island\n", r"line 8: levels\[1\].span_devices is 'island'"),
         ("levels:", "levels: {", "line 6: is not YAML"),
+        ("2\n", "yes\n", "line 3: nodes is true, expected a whole number"),
         ("2\n", ".nan\n", "line 3: nodes is nan, expected a finite number"),
     ],
 )

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardwright as sw
+from shardwright.costmodel.cluster import Degraded, Island, Pair
 from shardwright.ir import InvalidInput
 from shardwright.ir.from_dims import Experts, TransformerDims, transformer
 from shardwright.ir.graph import Model
@@ -143,7 +144,8 @@ def test_a_measured_device_decides_instead_of_its_class() -> None:
         ({"micro_batch": 7}, "micro_batch = 16*7 does not divide global_batch 64"),
         ({"pp": 16, "vpp": 2, "micro_batch": 1}, "stages, but the model has 8 layers"),
         ({"pp": 2, "stages": "4-5"}, "adds up to 9 layers, the model has 8"),
-        ({"zero_group": 3}, "zero_group=3 does not divide dp*cp = 16"),
+        ({"zero_group": 2}, "zero_group=2 without ZeRO, expected zero=1, 2 or 3"),
+        ({"zero": 1, "zero_group": 3}, "zero_group=3 does not divide dp*cp = 16"),
         ({"ep": 2}, "the model has no experts"),
         ({"zero": 4}, "zero=4, expected 0, 1, 2 or 3"),
         ({"degree": 4}, "unknown key 'degree'"),
@@ -156,10 +158,76 @@ def test_a_fix_that_does_not_fit_is_one_line(fix: dict[str, object], message: st
     assert "\n" not in str(caught.value)
 
 
-def test_a_degree_that_splits_nothing_is_refused() -> None:
-    odd = llama(vocab=32003, ffn=5504)
-    with pytest.raises(InvalidInput, match="tp=11: no operation of the model can be split"):
-        sw.predict(odd, "a100-80g:1x11", sw.Workload(11, 2047), {"tp": 11})
+@pytest.mark.parametrize(("tp", "heads"), [(11, 32), (3, 32), (64, 32), (8, 12)])
+def test_a_degree_that_does_not_divide_the_heads_is_refused(tp: int, heads: int) -> None:
+    model = llama(heads=heads, hidden=heads * 64, kv_heads=heads // 4)
+    with pytest.raises(InvalidInput, match=f"tp={tp} does not divide the model's {heads} atten"):
+        sw.predict(model, f"a100-80g:1x{tp}", sw.Workload(tp, 2048), {"tp": tp})
+
+
+def test_float8_needs_units_for_it() -> None:
+    work = sw.Workload(64, 2048, precision="fp8")
+    assert sw.predict(llama(), "h100-sxm:1", work, {"tp": 8}).step_seconds > 0
+    with pytest.raises(InvalidInput, match="precision fp8: v100 has no float8 units"):
+        sw.predict(llama(), "v100:1", work, {"tp": 8})
+
+
+def test_measured_links_have_their_price() -> None:
+    """Slow is a boundary of stages, and a link of a data-parallel ring."""
+    plain = sw.Cluster.preset("a100-80g", nodes=4)
+    slow = [Pair(nodes=(i, j), bandwidth_fraction=0.1) for i in range(4) for j in range(i)]
+    for fix, ends in (
+        ({"tp": 8, "pp": 4}, (1, 2)), ({"tp": 8, "zero": 3}, (1, 2)), ({"tp": 8, "pp": 2}, (0, 1)),
+    ):  # fmt: skip
+        one = plain.with_pairs([Pair(nodes=ends, bandwidth_fraction=0.1)])
+        least, between, most = (
+            sw.predict(llama(), cluster, WORK, fix).step_seconds
+            for cluster in (plain, one, plain.with_pairs(slow))
+        )
+        assert least < between <= most
+    # a bad link that no group uses costs nothing
+    aside = plain.with_pairs([Pair(nodes=(0, 3), bandwidth_fraction=0.1)])
+    fix = {"tp": 8, "pp": 4}
+    assert sw.predict(llama(), aside, WORK, fix).step_seconds == pytest.approx(
+        sw.predict(llama(), plain, WORK, fix).step_seconds
+    )
+
+
+def test_only_the_boundary_between_islands_is_slow() -> None:
+    ethernet = Pair(islands=("a", "b"), bandwidth_bytes_per_s=3e8)
+    islands = (Island(name="a", nodes=2), Island(name="b", nodes=2))
+    plain = sw.Cluster.preset("a100-80g", nodes=4)
+    joined = plain.model_copy(update={"islands": islands, "pairs": (ethernet,)})
+    four, two = (sw.predict(llama(), joined, WORK, {"tp": 8, "pp": pp}) for pp in (4, 2))
+    assert 0 < four.time["pipeline_p2p"] < 1.2 * two.time["pipeline_p2p"]
+
+
+def test_mixed_devices_are_no_slower_than_the_slowest() -> None:
+    for slow, fast in (("a100-80g", "mi300x"), ("v100", "a100-80g"), ("h100-sxm", "b200")):
+        plain = sw.Cluster.preset(slow, nodes=2).model_copy(update={"curves": ()})
+        mixed = plain.model_copy(
+            update={"islands": (Island(name="a", nodes=1),
+                                Island(name="b", nodes=1, device=sw.Device.preset(fast)))}
+        )  # fmt: skip
+        alone = sw.predict(llama(), plain, WORK, {"tp": 8, "pp": 2}).step_seconds
+        both = sw.predict(llama(), mixed, WORK, {"tp": 8, "pp": 2}).step_seconds
+        assert both == pytest.approx(alone, rel=0.05)  # a part may be slower on the faster device
+
+
+def test_a_degraded_node_is_slower_and_utilisation_says_so() -> None:
+    plain = sw.Cluster.preset("b200", nodes=4)
+    fractions = (1.0, 0.5, 0.1)
+    found = [
+        sw.predict(llama(), plain.model_copy(update={"degraded": degraded}), WORK, {"zero": 3})
+        for degraded in (
+            (),
+            *((Degraded(nodes=(1,), bandwidth_fraction=f),) for f in fractions[1:]),
+        )
+    ]
+    assert found[0].step_seconds < found[1].step_seconds < found[2].step_seconds
+    halved = Degraded(nodes=(1,), compute_fraction=0.5)
+    slow = sw.predict(llama(), plain.model_copy(update={"degraded": (halved,)}), WORK, {"zero": 3})
+    assert slow.mfu == pytest.approx(found[0].mfu * found[0].step_seconds / slow.step_seconds)
 
 
 @pytest.mark.parametrize("mode", ["chunked", "fused", "one-block-late"])

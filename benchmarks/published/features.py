@@ -5,13 +5,14 @@ Nothing here has seen a measured time: probes are chosen by these alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log2
 
 from .baseline import forward_flops_per_token
 from .rows import Run
-from .setup import Setup, facts
+from .setup import Setup
 
 BUBBLE = "pipeline_bubble"
 ONCE_PER_STEP = ("data_parallel", "optimizer")
@@ -19,6 +20,8 @@ HEAD, ODD_HEAD = "head", "head of unpadded words"
 WHOLE_ROW = 8
 """Elements of 2 bytes in the 16 that matrix units load at a time: products with rows of another
 length run at a third of the rate (NVIDIA, Matrix Multiplication Background, section 2.2)."""
+
+_PADDED = re.compile(r"vocab (\d+) padded")
 
 _NARROW = {"fp8": 1.0, "mxfp8": 1.0, "nvfp4": 2.0}
 """Halvings of the 2 bytes that products read."""
@@ -67,11 +70,10 @@ def _head_fraction(setup: Setup) -> float:
 
 
 def _odd_words(run: Run) -> bool:
-    """Whether a rank's words do not fill rows of 16 bytes, by what the source's own model says of
-    its vocabulary (`facts.yaml`, unpadded); tables name padded sizes."""
-    words = max((n for name, n in facts()["unpadded"].items() if run.family.startswith(name)),
-                default=0)  # fmt: skip
-    return bool(words and (words // (run.tp or 1)) % WHOLE_ROW)
+    """Whether a rank's words do not fill rows of 16 bytes, where the row says that its vocabulary
+    was padded to a size that the source's own model does not have."""
+    padded = _PADDED.search(run.missing)
+    return bool(padded and (int(padded[1]) // (run.tp or 1)) % WHOLE_ROW)
 
 
 FEATURES = (

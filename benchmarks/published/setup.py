@@ -6,6 +6,7 @@ architecture has in common with its published configuration (`architecture.py`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -220,6 +221,12 @@ def _runtime_preset(name: str, changes: tuple[tuple[str, Any], ...]) -> Runtime:
         raise LookupError(f"facts.yaml, runtime {name}: {error}") from None
 
 
+_BUS_BANDWIDTH = re.compile(r"measured \d+-node all-reduce busbw ([\d.]+) GB/s")
+"""What a row says that a collective between nodes reached: what one communicator gets of the NICs.
+(BLOOM's: NCCL 2.10 put both of its channels on one of four ports, bigscience
+experiments/bandwidth.)"""
+
+
 def _cluster(run: Run) -> Cluster:
     name = _named(facts()["devices"], run.gpu)
     if name is None:
@@ -231,14 +238,8 @@ def _cluster(run: Run) -> Cluster:
     if run.n_gpus % per_node:
         raise InvalidInput(f"gpus_per_node {per_node} does not divide n_gpus {run.n_gpus}")
     nic = (run.inter_node_gbytes_per_gpu or 0.0) * 1e9
-    limit = min(
-        (
-            float(fabric["communicator_bytes_per_s"])
-            for fabric in facts()["fabrics"]
-            if fabric["family"] == run.family and run.gpu.startswith(fabric["gpu"])
-        ),
-        default=float("inf"),
-    )
+    measured = _BUS_BANDWIDTH.search(run.notes)
+    limit = float(measured[1]) * 1e9 if measured else float("inf")
     return _cluster_preset(name, run.n_gpus // per_node, per_node, nic, limit)
 
 

@@ -33,8 +33,9 @@ _COLLECTIVES: dict[str, CollectiveKind | None] = {
 }
 """Names of the test programs; None where training has no use for it."""
 _PROGRAM = re.compile(rf"\b({'|'.join(sorted(_COLLECTIVES, key=len, reverse=True))})_perf\b")
-_RANK = re.compile(r"#\s+Rank\s+(\d+)\s+(?:Group\s+\d+\s+)?Pid\s+\d+\s+on\s+(\S+)\s+device\s+\d+")
-_PREFIX = re.compile(r"^\[[\d,]+\]<std\w+>:\s?")  # mpirun --tag-output
+_RANK = re.compile(r"#\s+Rank\s+(\d+)\s+(?:Group\s+(\d+)\s+)?Pid\s+\d+\s+on\s+(\S+)\s+device\s+\d+")
+_PREFIX = re.compile(r"^(\[[^\]]*\d+,\d+\]<std\w+>:|\d+:)\s?")  # mpirun --tag-output, srun -l
+_UNITS = {"k": 2**10, "m": 2**20, "g": 2**30}
 
 
 @dataclass(frozen=True)
@@ -162,12 +163,23 @@ def _runs(text: str, source: str) -> list[_Run]:
                     f"{source}, line {number}: rank {rank[1]} after {len(run.hosts)} ranks, "
                     "expected them in order (without MPI support every process is a run of its own)"
                 )
-            run = replace(run, hosts=(*run.hosts, rank[2]), line=run.line or number)
+            if rank[2] not in (None, "0"):
+                raise InvalidInput(
+                    f"{source}, line {number}: rank {rank[1]} is of group {rank[2]}, expected one "
+                    "group of all ranks (NCCL_TESTS_SPLIT runs several at once)"
+                )
+            run = replace(run, hosts=(*run.hosts, rank[3]), line=run.line or number)
         elif _is_header(line):
             run = replace(run, columns=tuple(line.replace("#", " ").split()))
-        elif re.match(r"\s*\d+\s+\d+\s+\w+\s", line) and run.columns:
+        elif re.match(r"\s*\d[\d.]*[KMGkmg]?\s+\d+\s+\w+\s", line) and run.columns:
             run = replace(run, rows=(*run.rows, *_row(line, run, f"{source}, line {number}")))
     return [one for one in (*runs, run) if one.rows]
+
+
+def _bytes(word: str) -> float:
+    """`1048576` or `1M`."""
+    unit = _UNITS.get(word[-1].lower())
+    return float(word) if unit is None else float(word[:-1]) * unit
 
 
 def _is_header(line: str) -> bool:
@@ -184,7 +196,7 @@ def _row(line: str, run: _Run, where: str) -> list[tuple[float, float, tuple[flo
     at = [i - len(run.columns) for i, name in enumerate(run.columns) if name == "time"]
     wrong = [i - len(run.columns) for i, name in enumerate(run.columns) if name == "wrong"]
     try:
-        bytes = float(words[0])
+        bytes = _bytes(words[0])
         timed = [i for i in at if words[i] != "N/A"]
         seconds = tuple(float(words[i]) * 1e-6 for i in timed)
         algorithm, bus = float(words[at[0] + 1]), float(words[at[0] + 2])
@@ -197,8 +209,9 @@ def _row(line: str, run: _Run, where: str) -> list[tuple[float, float, tuple[flo
             raise InvalidInput(f"{where}: {words[i]} wrong results, expected 0: the run is broken")
     if bytes == 0:
         return []
-    if min(seconds, default=0.0) <= 0:
-        raise InvalidInput(f"{where}: a time of 0, expected more")
+    if not all(0 < second < float("inf") for second in seconds) or not seconds:
+        shown = " and ".join(words[i] for i in timed) or "none"
+        raise InvalidInput(f"{where}: a time of {shown} us, expected more than 0")
     return [(bytes, bus / algorithm if algorithm else 0.0, seconds)]
 
 

@@ -99,6 +99,7 @@ def findings(measured: Measured, source: str) -> Findings:
             bytes=tuple(map(float, points)),
             seconds=tuple(points.values()),
             source=source,
+            as_is=True,
         )
         for kind, points in typical.items()
         if points
@@ -192,6 +193,7 @@ def _collective_curves(measured: Measured, source: str) -> tuple[list[Curve], No
             bytes=tuple(sorted(points)),
             seconds=tuple(float(np.median(points[size])) for size in sorted(points)),
             source=source,
+            as_is=True,
         )
         for (kind, family), points in sorted(medians.items())
     ]
