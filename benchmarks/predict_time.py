@@ -19,6 +19,8 @@ import shardwright as sw
 from shardwright.ir.from_dims import TransformerDims, transformer
 
 LIMIT_MS = 50.0
+REPEATS = 7
+"""Models that each figure is the median of."""
 DIMS = TransformerDims(
     layers=1000, hidden=16384, heads=128, kv_heads=8, ffn=53248, vocab=128256
 )  # Llama-3.1-405B's, deeper
@@ -42,15 +44,18 @@ def main() -> None:
     """Prints the table."""
     sw.predict(transformer(TransformerDims(2, 64, 4, 128, 256)), "a100-80g", sw.Workload(8, 64))
     cluster = sw.Cluster.preset("h100-sxm", nodes=12_500)
-    table = Table("case", "first, ms", "again, ms (median of 9)", f"limit {LIMIT_MS:g}", "step s")
+    table = Table("case", "first, ms", "again, ms", f"limit {LIMIT_MS:g}", "step s")
     for name, fix in CASES.items():
-        model = transformer(DIMS)
+        firsts, agains = [], []
+        for _ in range(REPEATS):
+            model = transformer(DIMS)
 
-        def once(model: object = model, fix: str = fix) -> sw.Prediction:
-            return sw.predict(model, cluster, WORK, fix)
+            def once(model: object = model, fix: str = fix) -> sw.Prediction:
+                return sw.predict(model, cluster, WORK, fix)
 
-        first = milliseconds(once)
-        again = statistics.median(milliseconds(once) for _ in range(9))
+            firsts.append(milliseconds(once))
+            agains.append(milliseconds(once))
+        first, again = statistics.median(firsts), statistics.median(agains)
         verdict = "kept" if max(first, again) <= LIMIT_MS else "missed by the first"
         if again > LIMIT_MS:
             verdict = "missed"

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from shardwright.costmodel import Device, Precision, Runtime, local_sizes
 from shardwright.costmodel.calibrate import run_calibrate
 from shardwright.costmodel.calibrate.cases import PRODUCTS_ONLY, Case, levels
+from shardwright.costmodel.calibrate.command import implausible
 from shardwright.costmodel.calibrate.device_file import device_of
 from shardwright.costmodel.calibrate.machine import Machine
 from shardwright.costmodel.calibrate.measure import KINDS, Key, Point, Samples, _allowed_s, _Climb
@@ -295,3 +296,12 @@ def test_bad_arguments_are_one_line(
     with pytest.raises(InvalidInput) as raised:
         run_calibrate(**({"environ": {}} | arguments))  # type: ignore[arg-type]
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_curve_that_is_flat_is_noted() -> None:
+    key = ("matmul", "float32", "forward")
+    honest = [Point(10.0**k, 1e-6 + 10.0**k / 1e9) for k in range(4, 9)]
+    held_up = [Point(10.0**k, 8e-3 + 10.0**k / 1e12) for k in range(4, 9)]
+    assert implausible(Samples({key: honest}, 1e-6, {})) == ()
+    (note,) = implausible(Samples({key: held_up}, 1e-6, {}))
+    assert note.startswith("matmul float32 forward takes 8.1 ms whatever its size")

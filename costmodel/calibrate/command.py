@@ -38,6 +38,11 @@ _FLOAT8_CAPABILITY = (8, 9)
 """GPUs from Ada and Hopper on have float8 units."""
 
 
+_FLAT_WORK, _FLAT_TIME = 64, 2
+"""A curve is flat whose last kernel does so many times the work of its first, in less than so many
+times the time."""
+
+
 def run_calibrate(
     output: str | Path = "device.yaml",
     *,
@@ -70,6 +75,8 @@ def run_calibrate(
             found = calibrated(team, wanted, budget_s, report)
         if found is not None:
             made, samples = found
+            for note in implausible(samples):
+                Console(stderr=True).print(f"note: {note}")
             write_whole(output, made.save)
             Console(width=100).print(table(made, samples), f"wrote {output}")
 
@@ -125,6 +132,20 @@ def _say_if_busy(team: Team) -> None:
         Console(stderr=True).print(
             f"note: the machine is busy (load {load:.1f} on {cores} cores), rates will be too low"
         )
+
+
+def implausible(samples: Samples) -> tuple[str, ...]:
+    """What cannot be the device's doing: kernels that take as long however much they do. Where
+    other work holds the cores, a call takes a turn of the scheduler at any size."""
+    found = []
+    for (kind, dtype, direction), curve in sorted(samples.points.items()):
+        small, large = curve[0], curve[-1]
+        if large.work >= _FLAT_WORK * small.work and large.seconds < _FLAT_TIME * small.seconds:
+            found.append(
+                f"{kind} {dtype} {direction} takes {large.seconds * 1e3:.2g} ms whatever its size: "
+                "something else holds the device; measure again when it is idle, or for longer"
+            )
+    return tuple(found)
 
 
 def table(device: Device, samples: Samples) -> Table:
