@@ -34,12 +34,14 @@ from .linear_program import Solver
 from .request import Request, bounds_of, pinned_stages, pinned_types, repeated
 from .stages import Array, Cut, SegmentTable, Shortfall, cut_stages
 from .step import in_flight, price_step, rank_state, stages_of, traffic_of
-from .traffic import has_choice, mapped
+from .traffic import has_choice, in_order, mapped
 
 GIB = 2**30
 TIE = 1e-3
 """Plans this close are equally fast. Of these the lowest ZeRO stage is taken that leaves a tenth of
 the memory free: communication that is hidden on paper is not always hidden."""
+MOST_MAPPED_NODES = 64
+"""Nodes up to which every finalist is mapped; on more only the best one, the others in order."""
 _MOST_NODES = 4096
 """Nodes of the largest cluster that an error looks at for one that fits."""
 
@@ -93,7 +95,7 @@ class Search:
     _refused: dict[int, Infeasible] = field(default_factory=dict)
 
     def __post_init__(self, like: Search | None) -> None:
-        if like is not None:
+        if like is not None and like.request.cluster.device == self.request.cluster.device:
             inside = min(s.request.cluster.devices_per_node for s in (self, like))
             self._inner = {key: inner for key, inner in like._inner.items() if key[0] <= inside}
         model = self.request.model
@@ -156,16 +158,19 @@ class Search:
             raise Infeasible(self._shortage(needed, candidate))
         done.sort(key=lambda o: (o.seconds, o.candidate))
         solved = len(done)
-        done = [self._placed(o) for o in done[:top]]
+        few = self.request.cluster.nodes <= MOST_MAPPED_NODES
+        done = [self._placed(o, search=few) for o in done[:top]]
         done.sort(key=lambda o: (o.seconds, o.candidate))
         tied = [o for o in done if o.seconds <= done[0].seconds * (1 + TIE)]
         chosen = min(tied, key=self._preference)
         done.remove(chosen)
+        if chosen.mapping is None and has_choice(self.request.cluster):
+            chosen = self._placed(chosen, search=True)
         done.insert(0, chosen)
         methods = Counter(i.method for i in self._inner.values() if i is not None)
         return Found(
             tuple(done[:top]),
-            min(bounds),
+            min(*bounds, done[0].seconds),  # on better links than an axis is priced by
             solved,
             total - solved - len(short) - useless,
             len(short) + useless,
@@ -315,18 +320,21 @@ class Search:
             ]
         )  # fmt: skip
 
-    def _priced(self, candidate: Candidate, inner: Inner, cut: Cut, exact: bool = False) -> Outcome:
-        price = price_step(self.request, candidate, inner, cut.bounds, cut.modes, exact)
+    def _priced(self, candidate: Candidate, inner: Inner, cut: Cut) -> Outcome:
+        price = price_step(self.request, candidate, inner, cut.bounds, cut.modes, exact=False)
         return Outcome(candidate, inner, cut, price.seconds, dict(price.time), price.memory)
 
-    def _placed(self, outcome: Outcome) -> Outcome:
-        """A finalist, its schedule simulated on the nodes that suit it best."""
+    def _placed(self, outcome: Outcome, search: bool) -> Outcome:
+        """A finalist, its schedule simulated on the links it uses: with `search` on the nodes that
+        suit it best, otherwise on nodes in order."""
         request, candidate, cut = self.request, outcome.candidate, outcome.cut
-        if not has_choice(request.cluster):
-            return self._priced(candidate, outcome.inner, cut, exact=True)
-        stages = stages_of(request, candidate, outcome.inner, cut.bounds, cut.modes)
-        traffic = traffic_of(request, candidate, stages)
-        mapping, slowdown = mapped(request.cluster, candidate, traffic)
+        slowdown = mapping = None
+        if has_choice(request.cluster):
+            slowdown = in_order(request.cluster, candidate)
+            if search:
+                stages = stages_of(request, candidate, outcome.inner, cut.bounds, cut.modes)
+                traffic = traffic_of(request, candidate, stages)
+                mapping, slowdown = mapped(request.cluster, candidate, traffic)
         price = price_step(
             request, candidate, outcome.inner, cut.bounds, cut.modes, slowdown=slowdown
         )
