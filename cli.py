@@ -266,11 +266,11 @@ def replan(
         )
         new = found.plan
         assert isinstance(new, Plan)
-        if output is not None:
-            new.save(output)
-        if moves is not None:
+        if moves is not None:  # first: a plan without its moves is of no use
             lines = (json.dumps(move.to_json()) + "\n" for move in found.migration.moves)
             write_whole(moves, "".join(lines), "moves")
+        if output is not None:
+            new.save(output)
         if as_json:
             typer.echo(json.dumps({**new.to_json(), "replan": found.to_json()}, indent=1))
         else:

@@ -148,7 +148,7 @@ def without(cluster: Cluster, lost: frozenset[int]) -> dict[str, Any]:
         first += island.nodes
     names = {island.name for island in islands}
     data["islands"] = islands
-    data["levels"] = fitted(data["levels"], len(kept), per_node)
+    data["levels"] = [_over_nodes_left(level, kept, per_node) for level in data["levels"]]
     data["pairs"] = [
         pair.model_copy(update={pair.kind: ends})
         for pair in cluster.pairs
@@ -163,6 +163,22 @@ def without(cluster: Cluster, lost: frozenset[int]) -> dict[str, Any]:
     bound = {"devices": len(kept) * per_node, "nodes": len(kept)}
     data["curves"] = [curve for curve in cluster.curves if _fits(curve, data["levels"], bound)]
     return data
+
+
+def _over_nodes_left(level: dict[str, Any], kept: Sequence[int], per_node: int) -> dict[str, Any]:
+    """A level as the nodes that are left have it: of several nodes, as many as blocks of them that
+    were joined before."""
+    span = level["span_devices"]
+    if not isinstance(span, int) or span <= per_node:
+        return level
+    units = [node * per_node // span for node in kept]
+    fitting = [
+        size
+        for size in range(1, span // per_node + 1)
+        if len(kept) % size == 0
+        and all(len(set(units[i : i + size])) == 1 for i in range(0, len(kept), size))
+    ]
+    return {**level, "span_devices": per_node * max(fitting)}
 
 
 def _moved_ends(

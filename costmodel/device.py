@@ -156,6 +156,7 @@ class Device(BaseModel):
         peaks = {
             dtype: compute_fraction * min(matmul(device, dtype) for device in devices) / fraction
             for dtype in dtypes
+            if all(getattr(device.peak_flops_per_s, dtype) is not None for device in devices)
         }
         wide = slowest.peak("bfloat16")
         attention = [d.attention_efficiency_fraction * d.peak("bfloat16") for d in devices]
@@ -179,7 +180,9 @@ class Device(BaseModel):
             "attention_efficiency_fraction": min(1.0, min(attention) / wide),
             "portable_attention_fraction": min(1.0, min(portable) / wide),
             "memory_bandwidth_bytes_per_s": bandwidth / memory_fraction,
-            "curves": slowest.curves if len(devices) == 1 and compute_fraction == 1.0 else (),
+            "curves": tuple(curve.slowed(compute_fraction) for curve in slowest.curves)
+            if len(devices) == 1
+            else (),
             **most,
         }
         return slowest.model_copy(update=changes)

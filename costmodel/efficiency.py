@@ -54,6 +54,14 @@ class EfficiencyCurve(BaseModel):
                 raise ValueError(f"work has {left:g} before {right:g}, expected ascending")
         return self
 
+    def slowed(self, fraction: float) -> EfficiencyCurve:
+        """The curve of a device at that fraction of its arithmetic; memory is as fast."""
+        if fraction == 1 or self.kind not in ("matmul", "attention"):
+            return self
+        return self.model_copy(
+            update={"rate_per_s": tuple(fraction * rate for rate in self.rate_per_s)}
+        )
+
     def seconds(self, work: float) -> float:
         """Seconds of one kernel of `work` FLOPs or bytes; nothing where there is no work.
 

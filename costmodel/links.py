@@ -78,7 +78,7 @@ class Links:
     islands: Mapping[tuple[int, int], Pair]
     first_node: int
     matrix: NDArray[np.float64] | None
-    relative: NDArray[np.float64] | None  # the matrix over the median of each pair's kind
+    relative: NDArray[np.float64] | None  # the matrix over the fastest of each pair's kind
 
     @property
     def world_size(self) -> int:
@@ -137,9 +137,9 @@ class Links:
         """(nodes, nodes) latencies in s and bandwidths in bytes/s of a device of one node to one of
         another; 0 and infinite on the diagonal.
 
-        As `pair` has them, but without entries of two devices, and with a matrix relative to what
-        the level promises: of it counts how a pair compares with the median of its kind, because
-        mesh axes are priced by their levels.
+        As `pair` has them, but without entries of two devices, and of a matrix counts how a pair
+        compares with the fastest of its kind: of what a level promises, a share for every device
+        of a node, that much is left. No link is faster than it was measured.
         """
         nodes = len(self.island_of_node)
         island = self.island_of_node
@@ -165,8 +165,9 @@ class Links:
         for (first, second), entry in self.islands.items():
             where = np.ix_(island == first, island == second)
             _lay_over_array(entry, where, latency_s, bandwidth)
-        if self.relative is not None:
-            bandwidth[measured, measured] *= self.relative
+        if self.relative is not None and self.matrix is not None:
+            left_of = bandwidth[measured, measured] * self.relative
+            bandwidth[measured, measured] = np.minimum(left_of, self.matrix)
         for ends, entry in self.nodes.items():
             _lay_over_array(entry, ends, latency_s, bandwidth)
         np.fill_diagonal(latency_s, 0.0)
@@ -345,9 +346,13 @@ def links_of(cluster: Cluster) -> Links:
         table |= {(b, a): entry for (a, b), entry in table.items() if (b, a) not in table}
     clean = relative = None
     if cluster.matrix is not None:
-        clean, ratio = without_noise(cluster, cluster.matrix)
-        told_apart = np.abs(ratio - 1) > cluster.matrix.noise_floor_fraction
-        relative = np.where(told_apart, ratio, 1.0)
+        clean = without_noise(cluster, cluster.matrix)[0]
+        kinds = _kinds(cluster, cluster.matrix)
+        others = ~np.eye(cluster.matrix.size, dtype=bool)
+        relative = np.ones_like(clean)
+        for kind in np.unique(kinds[others]):
+            chosen = (kinds == kind) & others
+            relative[chosen] = clean[chosen] / clean[chosen].max()
     return Links(
         devices_per_node=cluster.devices_per_node,
         levels=cluster.island_levels,

@@ -24,8 +24,6 @@ Bytes = NDArray[np.float64]
 
 _MOST_DEVICES = 1024
 """Devices up to which the bound solves an assignment of single devices."""
-_MOST_PAIRS = 4096
-"""Pairs of places and nodes up to which each is tried with the best order of its ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +51,10 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Migration:
-    """`device_of[rank]` of the new plan. Bytes over links, and bytes that only a checkpoint has:
-    with no assignment of ranks is their sum below the bound. Seconds over the links."""
+    """`node_of[place]` of the new plan. Bytes over links, and bytes that only a checkpoint has: no
+    assignment of ranks to devices has a sum of both below the bound. Seconds over the links."""
 
-    device_of: tuple[int, ...]
+    node_of: tuple[int, ...]
     moved_bytes: int
     lost_bytes: int
     bound_bytes: int
@@ -66,24 +64,22 @@ class Migration:
 
 @dataclass(frozen=True)
 class Migrating:
-    """A job on its way from an old plan to a new one of the same model. `cluster` is the old
-    plan's, of which `lost_nodes` are gone; `joined` nodes are numbered after them."""
+    """A job on its way from an old plan to a new one of the same model.
+
+    `cluster` is the old plan's, `nodes` those that the new one may use, as they are numbered there;
+    nodes that joined come after its own. `node_of` says which takes which place, where that is
+    given. Ranks are on the devices of a node in order, as launchers start them.
+    """
 
     old: Holdings
     new: Holdings
     cluster: Cluster
-    lost_nodes: frozenset[int] = frozenset()
-    joined: int = 0
+    nodes: tuple[int, ...]
+    given: tuple[int, ...] | None = None
 
     @cached_property
     def per_node(self) -> int:
         return self.cluster.devices_per_node
-
-    @cached_property
-    def nodes(self) -> list[int]:
-        """Nodes that there are."""
-        every = range(self.cluster.nodes + self.joined)
-        return [node for node in every if node not in self.lost_nodes]
 
     @cached_property
     def rank_on(self) -> dict[int, int]:
@@ -93,7 +89,7 @@ class Migrating:
         for rank in range(self.old.plan.mesh.size):
             place, slot = divmod(rank, self.per_node)
             node = place if mapping is None else mapping.node_of[place]
-            if node not in self.lost_nodes:
+            if node in self.nodes:
                 found[node * self.per_node + slot] = rank
         return found
 
@@ -124,26 +120,24 @@ class Migrating:
         return found
 
     @cached_property
-    def device_of(self) -> tuple[int, ...]:
-        """The device of every new rank: places to nodes, and ranks within them, so that most of
-        what they keep is there."""
+    def node_of(self) -> tuple[int, ...]:
+        """The node of every place: as given, or so that most of what its ranks keep is there."""
+        if self.given is not None:
+            return self.given
         per_node, ranks = self.per_node, len(self.shared)
-        places = -(-ranks // per_node)
-        slots = {node: range(node * per_node, (node + 1) * per_node) for node in self.nodes}
-        few = places * len(self.nodes) <= _MOST_PAIRS
-        gain = np.zeros((places, len(self.nodes)))
-        for place in range(places):
-            here = range(place * per_node, min(ranks, (place + 1) * per_node))
-            for k, node in enumerate(self.nodes):
-                part = self.kept[here.start : here.stop, slots[node].start : slots[node].stop]
-                gain[place, k] = _best_sum(part) if few else np.trace(part)
-        found: list[int] = []
-        for place, k in enumerate(_assigned(gain)):
-            here = range(place * per_node, min(ranks, (place + 1) * per_node))
-            slot = slots[self.nodes[k]]
-            part = self.kept[here.start : here.stop, slot.start : slot.stop]
-            found += [slot.start + at for at in _assigned(part)]
-        return tuple(found)
+        gain = np.zeros((-(-ranks // per_node), len(self.nodes)))
+        for k, node in enumerate(self.nodes):
+            for slot in range(per_node):
+                of_slot = self.kept[slot::per_node, node * per_node + slot]
+                gain[: len(of_slot), k] += of_slot
+        return tuple(self.nodes[k] for k in _assigned(gain))
+
+    @cached_property
+    def device_of(self) -> tuple[int, ...]:
+        """The device of every new rank."""
+        per_node = self.per_node
+        ranks = range(len(self.shared))
+        return tuple(self.node_of[r // per_node] * per_node + r % per_node for r in ranks)
 
     def estimated_seconds(self) -> float:
         """What the moves take at least: the device that receives most, from other nodes."""
@@ -167,7 +161,7 @@ class Migrating:
         lost = sum(move.bytes for move in moves if move.source is None)
         bound = min(self.bound_bytes(), moved + lost)
         seconds = _seconds(moves, self.cluster)
-        return Migration(self.device_of, moved, lost, bound, seconds, moves)
+        return Migration(self.node_of, moved, lost, bound, seconds, moves)
 
     def _moves(self) -> Iterator[Move]:
         """Every part that a device wants and has not; of those that have it, one of its own node

@@ -15,6 +15,7 @@ from ..ir import Infeasible, InvalidInput
 from ..ir.from_dims import expert_binding
 from ..ir.graph import Model, bind
 from ..ir.mesh import Axis, Mesh
+from ..ir.optable import TABLE
 from ..ir.plan import Annotation, Recompute, Strategy
 from ..ir.schedule_rows import default_vpp, schedule_placement
 from .candidates import Candidate, placement_of
@@ -214,6 +215,7 @@ def candidate_of(request: Request) -> Candidate:
     except InvalidInput as error:
         raise InvalidInput(f"--fix: {error}") from None
     ep, etp = fix.ep or 1, fix.etp or 1
+    _check_heads(request.model, tp)
     _check_experts(request.model, ep, etp)
     if fix.attention not in (None, "ring" if cp > 1 else "heads"):
         raise InvalidInput(
@@ -237,6 +239,19 @@ def candidate_of(request: Request) -> Candidate:
     return Candidate(
         pp, dp, tp, fix.zero or 0, micro, batch // (dp * micro), schedule, vpp, cp, ep, etp, group
     )
+
+
+def _check_heads(model: Model, tp: int) -> None:
+    """Raises InvalidInput where heads of attention cannot be shared out, which no framework runs.
+    (A plan may: it splits other loops and keeps attention whole.)"""
+    for graph in model.blocks.values():
+        for op in graph.ops:
+            if TABLE[op.kind].work == "attention":
+                heads = prod(bind(op.sizes[factor], {}) for factor in op.rule.operands[0][1])
+                if heads % tp:
+                    raise InvalidInput(
+                        f"--fix: tp={tp} does not divide the model's {heads} attention heads"
+                    )
 
 
 def _check_experts(model: Model, ep: int, etp: int) -> None:

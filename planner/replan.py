@@ -19,10 +19,12 @@ from ..ir.workload import Workload
 from .build import build_plan
 from .fix import Fix
 from .holdings import Holdings
+from .leave_out import slow_nodes
 from .migration import Migrating, Migration
 from .report import replan_text
 from .request import Request
 from .search import Found, Search
+from .traffic import has_choice
 
 LEAST_SHARE = 0.75
 """Of the nodes left: plans on fewer are not looked at where there is one on more."""
@@ -33,7 +35,7 @@ FINALISTS = 3
 @dataclass(frozen=True, slots=True)
 class Replanned:
     """A new plan and how to get there. The plan numbers its nodes anew, in the order of their old
-    numbers; the migration's devices count as in the old cluster, joined nodes after its own.
+    numbers; the migration counts as the old cluster does, joined nodes after its own.
     `before_seconds` is a step of the old plan as it was predicted."""
 
     plan: Plan
@@ -49,7 +51,7 @@ class Replanned:
         moved = self.migration
         return {
             "lost": list(self.lost),
-            "device_of": list(moved.device_of),
+            "node_of": list(moved.node_of),
             "before": {"step_seconds": self.before_seconds},
             "after": {"step_seconds": self.plan.predicted.step_seconds},
             "migration": {
@@ -75,53 +77,71 @@ def replan(
     what is left.
     """
     cluster = validated(Cluster, plan.cluster, "the plan's cluster")
+    for node in lost:
+        if type(node) is not int:
+            raise InvalidInput(f"lost node {node!r}: expected a whole number")
     if not lost and not gained:
         raise InvalidInput("nothing changed: expected nodes that are lost, or gained ones")
     if gained < 0 or steps < 1:
         raise InvalidInput(f"gained={gained}, steps={steps}: expected gained >= 0, steps >= 1")
-    left = cluster.without(lost)
-    joined = left.resized(left.nodes + gained) if gained else left
-    before, gone, fix = Holdings(plan), frozenset(lost), fix or Fix()
+    gone = sorted(set(lost))
+    left = cluster.without(gone)
+    joined = left.resized(left.nodes + gained)
+    every = [node for node in range(cluster.nodes + gained) if node not in gone]
+    # those to do without first: slow ones, then the last
+    spare = dict.fromkeys([*slow_nodes(joined), *reversed(range(joined.nodes))])
+    before, fix = Holdings(plan), fix or Fix()
     best: tuple[float, Plan, Migrating] | None = None
-    short: Infeasible | None = None
+    refused: InvalidInput | Infeasible | None = None
     search: Search | None = None
     for nodes in range(joined.nodes, 0, -1):
         if best is not None and nodes < LEAST_SHARE * joined.nodes:
             break
-        request = Request.on(plan.model, joined.resized(nodes), Workload(**plan.workload), fix)
+        unused = set(list(spare)[: joined.nodes - nodes])
+        where = joined.without(unused)
+        request = Request.on(plan.model, where, Workload(**plan.workload), fix)
         try:
             search = Search(request, like=search)
             found = search.run(top=FINALISTS)
-        except InvalidInput:  # no configuration divides the batch on so many
+        except InvalidInput as error:  # no configuration divides the batch on so many
+            refused = refused or error
             continue
         except Infeasible as error:
-            short = short or error
+            refused = refused or error
             break  # fewer nodes have less memory
+        used = tuple(every[i] for i in range(joined.nodes) if i not in unused)
+        alike = not has_choice(joined)  # then any nodes will do, and those that have most are taken
         for at in range(len(found.outcomes)):
             one = _finalist(search, found, at)
-            moving = Migrating(before, Holdings(one), cluster, gone, gained)
+            moving = Migrating(
+                before, Holdings(one), cluster, tuple(every) if alike else used,
+                None if alike else _places(one, used),
+            )  # fmt: skip
             seconds = moving.estimated_seconds() + steps * one.predicted.step_seconds
             if best is None or seconds < best[0]:
                 best = seconds, one, moving
     if best is None:
-        raise short or InvalidInput(
-            f"no configuration for {joined.nodes} nodes or fewer divides the global batch"
-        )
+        raise refused or InvalidInput("no nodes are left")
     _, chosen, moving = best
     moved = moving.result()
-    return Replanned(_renumbered(chosen, moved, cluster), moved, plan.predicted.step_seconds,
-                     tuple(lost))  # fmt: skip
+    new = replace(chosen, mapping=_mapping(chosen, moved.node_of))
+    return Replanned(new, moved, plan.predicted.step_seconds, tuple(gone))
 
 
-def _renumbered(plan: Plan, moved: Migration, cluster: Cluster) -> Plan:
-    """The plan with its nodes in the order in which they stay where they are."""
-    nodes = [device // cluster.devices_per_node for device in moved.device_of]
-    places = list(dict.fromkeys(nodes))
-    number = {node: i for i, node in enumerate(sorted(places))}
-    node_of = tuple(number[node] for node in places)
-    if node_of == tuple(range(len(places))):
-        return plan
-    return replace(plan, mapping=NodeMapping(node_of, 0.0, 0.0, 0.0))
+def _places(plan: Plan, used: Sequence[int]) -> tuple[int, ...]:
+    """The node of every place, as the plan maps them."""
+    places = -(-plan.mesh.size // int(plan.cluster["devices_per_node"]))
+    order = range(places) if plan.mapping is None else plan.mapping.node_of
+    return tuple(used[i] for i in order)
+
+
+def _mapping(plan: Plan, node_of: tuple[int, ...]) -> NodeMapping | None:
+    """The same in the numbers of the plan's own cluster, whose nodes are those used, in order."""
+    number = {node: i for i, node in enumerate(sorted(node_of))}
+    order = tuple(number[node] for node in node_of)
+    if plan.mapping is not None:
+        return replace(plan.mapping, node_of=order)
+    return None if order == tuple(range(len(order))) else NodeMapping(order, 0.0, 0.0, 0.0)
 
 
 def _finalist(search: Search, found: Found, at: int) -> Plan:

@@ -282,16 +282,18 @@ def replan_text(found: Replanned) -> str:
     if moved.lost_bytes:
         checkpoint = f", and {_bytes(moved.lost_bytes)} from a checkpoint: no device left has them"
     total = moved.moved_bytes + moved.lost_bytes
+    pieces = sum(move.source is not None for move in moved.moves)
+    reading = ", and what reading the checkpoint takes," if moved.lost_bytes else ""
     above = f"{total / max(1, moved.bound_bytes) - 1:.1%} more than the least possible"
     return "\n".join(
         [
             f"{lost}: {plan.strategy} on {plan.cluster['nodes']} nodes",
             f"  a step takes {_seconds(now)}, {abs(slower):.1%} {'more' if slower > 0 else 'less'} "
             f"than before ({_seconds(before)})",
-            f"  moving: {_bytes(moved.moved_bytes)} between devices in {len(moved.moves)} pieces, "
+            f"  moving: {_bytes(moved.moved_bytes)} between devices in {pieces} pieces, "
             f"{_seconds(moved.seconds)} over the links{checkpoint} ({above})",
             "  waiting for the repair instead: nothing is trained until then; moving there and "
-            f"back pays where it takes more than {_seconds(2 * moved.seconds)}",
+            f"back pays where it takes more than {_seconds(2 * moved.seconds)}{reading or ''}",
         ]
     )
 

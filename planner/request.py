@@ -15,7 +15,7 @@ from ..costmodel.runtime import Runtime
 from ..costmodel.shards import local_sizes
 from ..ir import InvalidInput
 from ..ir.from_dims import expert_binding
-from ..ir.graph import Graph, Model, bind
+from ..ir.graph import Graph, Model
 from ..ir.optable import TABLE
 from ..ir.plan import data_parallel_types
 from ..ir.types import AxisType
@@ -95,7 +95,6 @@ class Request:
         """Raises InvalidInput where the model has fewer learned positions than tokens, the device
         has no units for the precision, or a fixed degree does not fit the cluster or the model."""
         self._check_positions()
-        self._check_heads()
         self._check_units()
         if (self.fix.dp or 1) > 1 and (reason := self.whole_batch()):
             raise InvalidInput(f"--fix: dp={self.fix.dp}: {reason}")
@@ -114,19 +113,6 @@ class Request:
                     f"--fix: stages={'-'.join(map(str, fix.stages))} adds up to "
                     f"{sum(fix.stages)} layers, the model has {pins.count}"
                 )
-
-    def _check_heads(self) -> None:
-        """A fixed tp must share out the heads of every attention."""
-        tp = self.fix.tp or 1
-        for graph in self.model.blocks.values():
-            for op in graph.ops:
-                if TABLE[op.kind].work != "attention":
-                    continue
-                heads = prod(bind(op.sizes[factor], {}) for factor in op.rule.operands[0][1])
-                if heads % tp:
-                    raise InvalidInput(
-                        f"--fix: tp={tp} does not divide the model's {heads} attention heads"
-                    )
 
     def _check_units(self) -> None:
         """Float8 products need units for them; wider dtypes run on the next wider ones."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from itertools import pairwise
 
@@ -40,7 +40,7 @@ GIB = 2**30
 TIE = 1e-3
 """Plans this close are equally fast. Of these the lowest ZeRO stage is taken that leaves a tenth of
 the memory free: communication that is hidden on paper is not always hidden."""
-MOST_MAPPED_NODES = 64
+MOST_MAPPED_NODES = 16
 """Nodes up to which every finalist is mapped; on more only the best one, the others in order."""
 _MOST_NODES = 4096
 """Nodes of the largest cluster that an error looks at for one that fits."""
@@ -95,9 +95,9 @@ class Search:
     _refused: dict[int, Infeasible] = field(default_factory=dict)
 
     def __post_init__(self, like: Search | None) -> None:
-        if like is not None and like.request.cluster.device == self.request.cluster.device:
-            inside = min(s.request.cluster.devices_per_node for s in (self, like))
-            self._inner = {key: inner for key, inner in like._inner.items() if key[0] <= inside}
+        if like is not None and _inside(like.request.cluster) == _inside(self.request.cluster):
+            most = self.request.cluster.devices_per_node
+            self._inner = {key: inner for key, inner in like._inner.items() if key[0] <= most}
         model = self.request.model
         self.request.fix.check_planned()
         self.request.check()
@@ -425,6 +425,12 @@ class Search:
         share = (table.fixed.sum() - tied) / candidate.pp
         alone = table.fixed + (table.kept + table.workspace).min(axis=0)
         return bool(max(share, alone.max()) <= self.request.limit_bytes)
+
+
+def _inside(cluster: Cluster) -> Hashable:
+    """All that what happens inside a node depends on."""
+    levels = [at for at in cluster.worst_levels if at.span_devices <= cluster.devices_per_node]
+    return cluster.device, cluster.devices_per_node, tuple(levels), cluster.curves
 
 
 def _nodes(count: int, devices: int) -> str:

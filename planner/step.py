@@ -65,13 +65,13 @@ class StageWork:
         return self.forward.total_s + self.backward.total_s
 
     def slowed(self, data: float, tensor: float) -> StageWork:
-        """The stage with its data- and tensor-parallel communication taking so much longer."""
-        return replace(
-            self,
-            forward=self.forward.scaled("tensor_parallel", tensor),
-            backward=self.backward.scaled("tensor_parallel", tensor),
-            sync=self.sync.scaled(data),
-        )
+        """The stage with its data- and tensor-parallel communication taking so much longer; context
+        and expert parallelism are laid over the data-parallel ranks."""
+        passes = []
+        for work in (self.forward, self.backward):
+            work = work.scaled("tensor_parallel", tensor)
+            passes.append(work.scaled("context_parallel", data).scaled("expert_parallel", data))
+        return replace(self, forward=passes[0], backward=passes[1], sync=self.sync.scaled(data))
 
 
 def price_step(
