@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import combinations
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from shardwright.costmodel.probe.noise import (
     threshold_fraction,
 )
 from shardwright.costmodel.probe.rounds import Nodes, families, nodes_of, rounds
-from shardwright.costmodel.probe.run import Measured
+from shardwright.costmodel.probe.run import Measured, _work_off
 from shardwright.costmodel.probe.schedule import (
     COLLECTIVES,
     SIZES_BYTES,
@@ -342,3 +343,26 @@ def test_a_size_that_was_cut_off_in_the_middle_is_left_out() -> None:
     found = findings(short, "simulated")
     (send,) = (curve for curve in found.curves if curve.collective == "send")
     assert send.bytes == tuple(map(float, SIZES_BYTES[:-1]))
+
+
+def test_every_pair_is_asked_once_however_late_it_is() -> None:
+    """Estimates may take the whole budget where a machine is busy."""
+    ran: list[Item] = []
+    items = [
+        Item(Series(kind), size, turn)
+        for kind in ("send", "all_reduce")
+        for size in (8192, 65536)
+        for turn in (range(3) if kind == "send" else range(1))
+        for _ in range(2)
+    ]
+    took = {(item.series, item.bytes): 1.0 for item in items}
+    _work_off(
+        SimpleNamespace(told=lambda decide: decide()),  # type: ignore[arg-type]
+        SimpleNamespace(took_s=took, run=ran.extend),  # type: ignore[arg-type]
+        items,
+        deadline=0.0,
+        report=lambda share, what: None,
+    )
+    assert sorted((item.series.kind, item.bytes, item.round) for item in ran) == [
+        ("send", 8192, turn) for turn in range(3)
+    ]

@@ -194,11 +194,15 @@ def _chosen(lots: list[Lot], budget_s: float) -> dict[Lot, int]:
 def _work_off(
     team: Team, session: _Session, todo: list[Item], deadline: float, report: Report
 ) -> None:
-    """Measures the items batch by batch; where time runs out, the costliest that are left go."""
+    """Measures the items batch by batch; where time runs out, the costliest that are left go, but
+    every pair is asked once, with its smallest message."""
     count, left = len(todo), list(todo)
+    needed = _once_each(todo)
 
     def batch() -> list[Item]:
-        left[:] = _trimmed(left, session.took_s, deadline - time.monotonic())
+        kept = _trimmed(left, session.took_s, deadline - time.monotonic())
+        stay = needed | {id(item) for item in kept}
+        left[:] = [item for item in left if id(item) in stay]
         items = next_batch(left, session.took_s, _BATCH_S)
         del left[: len(items)]
         return items
@@ -206,6 +210,17 @@ def _work_off(
     while items := team.told(batch):
         session.run(items)
         report(1 - len(left) / count, f"{items[-1].series.kind} {sized(items[-1].bytes)}")
+
+
+def _once_each(todo: list[Item]) -> set[int]:
+    """The first item of every round of pairs with the smallest message, by identity."""
+    messages = [item for item in todo if item.series.kind == "send"]
+    least = min((item.bytes for item in messages), default=0)
+    first: dict[int, Item] = {}
+    for item in messages:
+        if item.bytes == least:
+            first.setdefault(item.round, item)
+    return {id(item) for item in first.values()}
 
 
 def _trimmed(
