@@ -283,7 +283,7 @@ def replan_text(found: Replanned) -> str:
         checkpoint = f", and {_bytes(moved.lost_bytes)} from a checkpoint: no device left has them"
     total = moved.moved_bytes + moved.lost_bytes
     pieces = sum(move.source is not None for move in moved.moves)
-    reading = ", and what reading the checkpoint takes," if moved.lost_bytes else ""
+    reading = " and reading the checkpoint" if moved.lost_bytes else ""
     above = f"{total / max(1, moved.bound_bytes) - 1:.1%} more than the least possible"
     return "\n".join(
         [
@@ -293,7 +293,7 @@ def replan_text(found: Replanned) -> str:
             f"  moving: {_bytes(moved.moved_bytes)} between devices in {pieces} pieces, "
             f"{_seconds(moved.seconds)} over the links{checkpoint} ({above})",
             "  waiting for the repair instead: nothing is trained until then; moving there and "
-            f"back pays where it takes more than {_seconds(2 * moved.seconds)}{reading or ''}",
+            f"back pays where it takes more than {_seconds(2 * moved.seconds)}{reading}",
         ]
     )
 
