@@ -157,7 +157,7 @@ class Cluster(BaseModel):
         """(nodes, nodes) latencies in s and bandwidths in bytes/s between devices of two nodes.
 
         What the levels promise, with islands, degraded nodes and entries of nodes, and of a matrix
-        how its pairs compare with their kind; 0 and infinite on the diagonal.
+        how its pairs compare with the fastest of their kind; 0 and infinite on the diagonal.
         """
         return self._links.between_nodes()
 
@@ -208,8 +208,8 @@ class Cluster(BaseModel):
     def without(self, nodes: Iterable[int]) -> Cluster:
         """The cluster without some of its nodes; those left are numbered anew, in order.
 
-        Islands shrink or go; levels across nodes adapt as in `preset`. Raises InvalidInput for a
-        node that is not there, or where none would be left.
+        Islands shrink or go; a level across nodes joins as many as were joined before and divide
+        those left. Raises InvalidInput for a node that is not there, or where none would be left.
         """
         lost, where = frozenset(nodes), f"cluster {self.name}"
         for node in sorted(lost):

@@ -38,6 +38,12 @@ class Precision(BaseModel):
         """Master copy and moments: what ZeRO calls optimizer state."""
         return self.master_bytes + self.moment_bytes
 
+    @property
+    def state_bytes(self) -> int:
+        """What is kept of a parameter from step to step: optimizer state, and where that has no
+        master copy the only one there is."""
+        return self.optimizer_bytes + (0 if self.master_bytes else self.compute_bytes)
+
     def element_bytes(self, dtype: Dtype) -> int:
         """Bytes of one element of a value; `model` and `wide` follow the recipe."""
         if dtype == "model":

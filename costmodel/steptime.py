@@ -110,9 +110,8 @@ def optimizer_step_seconds(device: Device, parameters: float, precision: Precisi
     Memory-bound: gradient and moments and master copy are read, moments and master and the compute
     copy are written.
     """
-    state = precision.optimizer_bytes + (0 if precision.master_bytes else precision.compute_bytes)
     written_copy = precision.compute_bytes if precision.master_bytes else 0
-    moved = parameters * (2 * state + precision.gradient_bytes + written_copy)
+    moved = parameters * (2 * precision.state_bytes + precision.gradient_bytes + written_copy)
     measured = device.measured_seconds("copy", "float32", moved, False)  # one fused stream
     if measured is not None:
         return measured

@@ -127,7 +127,8 @@ class Predicted:
 class NodeMapping:
     """Which physical node takes which place of the job: `node_of[place]`, a place being the next
     `devices_per_node` ranks. What communication between nodes takes so, what it takes with places
-    on nodes in order, and a bound below every mapping: seconds of a step with nothing hidden.
+    on nodes in order, and a bound below every mapping: seconds of a step with nothing hidden, 0
+    where nodes were placed for what they hold (`replan`).
     """
 
     node_of: tuple[int, ...]

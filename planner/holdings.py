@@ -36,10 +36,7 @@ class Holdings:
     @cached_property
     def state_bytes(self) -> int:
         """Bytes kept per element of a parameter."""
-        precision = Precision.preset(str(self.plan.workload["precision"]))
-        return precision.optimizer_bytes + (
-            0 if precision.master_bytes else precision.compute_bytes
-        )
+        return Precision.preset(str(self.plan.workload["precision"])).state_bytes
 
     @cached_property
     def segments(self) -> list[range]:

@@ -105,8 +105,7 @@ class LinearProgram:
     def search(self, hint: NDArray[np.float64], effort: float, seed: int) -> Solution | None:
         """The best that CP-SAT finds from a hint, with its bound, within a deterministic effort
         (about seconds); None where it finds nothing."""
-        largest = float(np.abs(self.costs).max(initial=0.0))
-        scale = _LARGEST_COST / largest if largest > 0 else 1.0
+        scale = _scale(self.costs)
         model = mathopt.Model.from_model_proto(self._proto(self.costs * scale, integer=True))
         variables = list(model.variables())
         parameters = mathopt.SolveParameters(random_seed=seed, threads=1)
@@ -125,8 +124,7 @@ class LinearProgram:
         return Solution(values, float(np.dot(self.costs, values)), bound, "mip")
 
     def _solve(self, solver: Solver, costs: NDArray[np.float64], integer: bool) -> Solution:
-        largest = float(np.abs(costs).max(initial=0.0))
-        scale = _LARGEST_COST / largest if largest > 0 else 1.0
+        scale = _scale(costs)
         model = mathopt.Model.from_model_proto(self._proto(costs * scale, integer))
         # A fixed seed and no time limit: the same program always gives the same plan.
         parameters = mathopt.SolveParameters(random_seed=1, relative_gap_tolerance=0.0)
@@ -180,3 +178,9 @@ class LinearProgram:
         proto.linear_constraint_matrix.coefficients.extend(summed.tolist())
         self._made = (count, rows, entries), proto
         return proto
+
+
+def _scale(costs: NDArray[np.float64]) -> float:
+    """What makes the largest cost `_LARGEST_COST`."""
+    largest = float(np.abs(costs).max(initial=0.0))
+    return _LARGEST_COST / largest if largest > 0 else 1.0

@@ -67,8 +67,8 @@ class Migrating:
     """A job on its way from an old plan to a new one of the same model.
 
     `cluster` is the old plan's, `nodes` those that the new one may use, as they are numbered there;
-    nodes that joined come after its own. `node_of` says which takes which place, where that is
-    given. Ranks are on the devices of a node in order, as launchers start them.
+    nodes that joined come after its own. `given` says which takes which place; None: so that most
+    of what is kept is there. Ranks are on the devices of a node in order, as launchers start them.
     """
 
     old: Holdings
@@ -84,12 +84,12 @@ class Migrating:
     @cached_property
     def rank_on(self) -> dict[int, int]:
         """Device → rank of the old plan, of the devices that are left."""
-        mapping = self.old.plan.mapping
+        mapping, left = self.old.plan.mapping, frozenset(self.nodes)
         found = {}
         for rank in range(self.old.plan.mesh.size):
             place, slot = divmod(rank, self.per_node)
             node = place if mapping is None else mapping.node_of[place]
-            if node in self.nodes:
+            if node in left:
                 found[node * self.per_node + slot] = rank
         return found
 

@@ -28,7 +28,7 @@ from .report import prediction_text, stored
 from .request import Request, bounds_of, pinned_types, repeated
 from .sbp_program import solve
 from .step import price_step
-from .traffic import has_choice, in_order
+from .traffic import in_order
 
 Types = Mapping[str, Annotation]
 """Block → the types of its values on the tensor axes."""
@@ -108,16 +108,19 @@ class Prediction:
     def parameters(self) -> dict[str, dict[str, Any]]:
         """Parameter name → the virtual stages that hold it, and its stored type per axis."""
         found: dict[str, dict[str, Any]] = {}
+        split = {
+            block: ExpertPart.of(graph).parameters if self.strategy.ep > 1 else frozenset()
+            for block, graph in self.model.blocks.items()
+        }
         for stage, (first, last) in enumerate(pairwise(self.bounds)):
             for segment in self.model.segments[first:last]:
                 types = self.annotations[segment.block].parameters
                 graph = self.model.blocks[segment.block]
-                experts = ExpertPart.of(graph).parameters if self.strategy.ep > 1 else frozenset()
                 for name, own, kind in zip(
                     segment.parameters, graph.parameters, types, strict=True
                 ):
                     sbp = stored(self.strategy.zero, kind).to_json()
-                    if own in experts:  # of its first dim, the experts
+                    if own in split[segment.block]:  # of its first dim, the experts
                         sbp["ep"] = "S(0)"
                     entry = found.setdefault(name, {"stages": [], "sbp": sbp})
                     entry["stages"] += [stage] * (stage not in entry["stages"])
@@ -141,7 +144,7 @@ def predict(request: Request) -> Prediction:
         ["none" if i not in layers else mode for i in range(first, last)]
         for first, last in pairwise(bounds)
     ]
-    slowdown = in_order(request.cluster, candidate) if has_choice(request.cluster) else None
+    slowdown = in_order(request.cluster, candidate)
     price = price_step(request, candidate, inner, bounds, modes, slowdown=slowdown)
     work, cluster = request.workload, request.cluster
     seconds = price.seconds

@@ -328,13 +328,11 @@ class Search:
         """A finalist, its schedule simulated on the links it uses: with `search` on the nodes that
         suit it best, otherwise on nodes in order."""
         request, candidate, cut = self.request, outcome.candidate, outcome.cut
-        slowdown = mapping = None
-        if has_choice(request.cluster):
-            slowdown = in_order(request.cluster, candidate)
-            if search:
-                stages = stages_of(request, candidate, outcome.inner, cut.bounds, cut.modes)
-                traffic = traffic_of(request, candidate, stages)
-                mapping, slowdown = mapped(request.cluster, candidate, traffic)
+        mapping, slowdown = None, in_order(request.cluster, candidate)
+        if search and slowdown is not None:
+            stages = stages_of(request, candidate, outcome.inner, cut.bounds, cut.modes)
+            traffic = traffic_of(request, candidate, stages)
+            mapping, slowdown = mapped(request.cluster, candidate, traffic)
         price = price_step(
             request, candidate, outcome.inner, cut.bounds, cut.modes, slowdown=slowdown
         )

@@ -69,8 +69,11 @@ def mapped(
     return found, routes.slowdown(found.node_of, slowness)
 
 
-def in_order(cluster: Cluster, candidate: Candidate) -> Slowdown:
-    """What links do to communication where ranks are started node by node, in order."""
+def in_order(cluster: Cluster, candidate: Candidate) -> Slowdown | None:
+    """What links do to communication where ranks are started node by node, in order; None where
+    all are as axes are priced."""
+    if not has_choice(cluster):
+        return None
     return _Routes(cluster, candidate).slowdown(range(cluster.nodes), slowness_of(cluster))
 
 
@@ -121,14 +124,13 @@ class _Routes:
         """All that a step sends between places. What stages do at the same time is one flow, whose
         slowest stage counts; boundaries are crossed one after the other."""
         found = []
-        for name, edges_of, scale in (
-            ("data", self.data, self.data_scale), ("tensor", self.tensor, self.tensor_scale),
-        ):  # fmt: skip
-            seconds = [0.0] * self.candidate.pp
-            for rank, stage in zip(self.placement, stages, strict=True):
-                seconds[rank] += scale * (stage.data_s if name == "data" else stage.tensor_s)
+        for name, edges_of, scale, taken in (
+            ("data", self.data, self.data_scale, [stage.data_s for stage in stages]),
+            ("tensor", self.tensor, self.tensor_scale, [stage.tensor_s for stage in stages]),
+        ):
+            seconds = np.bincount(self.placement, taken, minlength=self.candidate.pp)
             ends = [edges_of(rank) for rank in range(self.candidate.pp)]
-            weights = [np.full(len(e), s) for e, s in zip(ends, seconds, strict=True)]
+            weights = [np.full(len(e), scale * s) for e, s in zip(ends, seconds, strict=True)]
             found.append(Flow(name, np.concatenate(ends), np.concatenate(weights)))
         for v, stage in enumerate(stages[:-1]):
             ends_v = self.boundary(v)
