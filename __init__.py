@@ -106,10 +106,17 @@ class Plan(_ir_plan.Plan):
         """Writes the sharded program as source into `folder` and returns it.
 
         `weights` (a state dict, or a safetensors file or folder) is what training starts from: the
-        program reads its own slices of it. Raises InvalidInput for another backend than `torch`.
+        program reads its own slices of it. Raises InvalidInput for another backend than `torch`,
+        and for a plan that uses what cannot be emitted yet.
         """
         if backend != "torch":
             raise InvalidInput(f"backend {backend!r}: expected torch")
+        experts = None if _planner.emits(self.model) else "mixtures of experts"
+        if reason := _planner.unemittable(self.strategy) or experts:
+            raise InvalidInput(
+                f"this plan cannot be emitted yet: {reason}; plan with --backend torch and without "
+                "fixing these"
+            )
         from .backends.to_torch import emit
 
         return emit(self, folder, weights=weights)
@@ -145,22 +152,28 @@ def plan(
     example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
     loss: Callable[..., Any] | None = None,
     top: int = 5,
+    backend: str = "torch",
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """The best way found to train `model` on `cluster`, with a bound on how good it can be.
 
     `model`: what `trace` takes, or a traced model. `cluster`: a `Cluster` or its specification.
     `fix`: parts of the strategy that are given (`tp=8,pp=4` or a mapping). `top` configurations are
-    kept, the best first. Raises Infeasible, saying what is short, where nothing fits.
+    kept, the best first. `backend`: what the plan is to be emitted for, `torch`, or `any` for the
+    best there is, whether it can be emitted yet or not (a plan that cannot says so). Raises
+    Infeasible, saying what is short, where nothing fits.
     """
+    if backend not in ("torch", "any"):
+        raise InvalidInput(f"backend {backend!r}: expected torch, or any for the whole space")
     fixed = _planner.Fix.parse(fix)  # what is quick to refuse comes before tracing
     where = Cluster.parse(cluster) if isinstance(cluster, str) else cluster
-    traced = trace(model, example_inputs, loss=loss)
+    traced = _priceable(model, example_inputs, loss)
     request = _planner.Request.on(traced, where, workload, fixed)
-    search = _planner.Search(request)
+    everything = backend == "any" or fixed.beyond_backends or not _planner.emits(traced)
+    search = _planner.Search(request, anything=everything)
     found = search.run(top, progress)
     best = found.outcomes[0]
-    advice = _planner.advice_on(request, best)
+    advice = _planner.advice_on(request, best, everything)
     return Plan._of(_planner.build_plan(request, search.mesh(best.candidate), found, advice))
 
 

@@ -125,6 +125,9 @@ def plan(
     device: DeviceFile = "",
     top: Annotated[int, typer.Option(help="Configurations to show")] = 5,
     fix: Fixed = "",
+    backend: Annotated[
+        str, typer.Option(help="torch, or any: what cannot be emitted too")
+    ] = "torch",
     as_json: AsJson = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Plan file")] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List presets")] = False,
@@ -140,7 +143,9 @@ def plan(
         where, work = _problem(model, cluster, device, global_batch, seq_len, precision)
         found = _with_progress(
             as_json,
-            lambda report: make_plan(model, where, work, fix=fix, top=top, progress=report),
+            lambda report: make_plan(
+                model, where, work, fix=fix, top=top, backend=backend, progress=report
+            ),
         )
         if output is not None:
             found.save(output)

@@ -23,7 +23,7 @@ def check_plan(plan: Plan) -> None:
     if plan.annotations.keys() != plan.model.blocks.keys():
         differ = min(plan.annotations.keys() ^ plan.model.blocks.keys())
         raise InvalidInput(f"block {differ!r}: the model's blocks and the annotations differ")
-    sizes = {axis.name: axis.size for axis in plan.mesh.axes}
+    sizes = {name: plan.mesh[name].size for name in plan.type_axes}
     for name, graph in plan.model.blocks.items():
         _check_annotation(f"annotations of block {name!r}", graph, plan.annotations[name], sizes)
     _check_annotation("annotations of the preamble", plan.model.preamble, plan.preamble, sizes)
@@ -93,7 +93,7 @@ def _check_annotation(
                 raise InvalidInput(f"{where}: {what} {name!r} as {nd_type}: {problem}")
     for op in graph.ops:
         types = annotation.ops[op.name]
-        for axis in illegal_axes(op, types, graph.values, [a for a in sizes if a != "pp"]):
+        for axis in illegal_axes(op, types, graph.values, list(sizes)):
             raise InvalidInput(
                 f"{where}: op {op.name!r} ({op.kind}) runs {_along(types, axis)} along {axis!r}, "
                 f"which its rule {op.rule} does not allow"
@@ -122,7 +122,7 @@ def _along(types: OpTypes, axis: str) -> str:
 def _misfit(dims: Dims, nd_type: NdType, sizes: Mapping[str, int]) -> str:
     """What is wrong with a type of a value with these dims on this mesh; empty if nothing is."""
     axes = tuple(axis for axis, _ in nd_type)
-    expected = tuple(axis for axis in sizes if axis != "pp")
+    expected = tuple(sizes)
     if axes != expected:
         return f"expected the axes {', '.join(expected)} in this order"
     split: dict[tuple[int, int], int] = {}

@@ -22,8 +22,9 @@ class Strategy:
 
     `micro_batch` in sequences per data-parallel rank; `layers` counts the segments of the repeated
     run per stage, as `--fix stages=8-8-7-9` gives them; `zero` is 0 (none) to 3 (FSDP), its state
-    split over `zero_group` neighbouring data-parallel ranks (0: all). `sp`: whether values between
-    blocks were fixed to be split along the sequence, or not (None: as is cheapest).
+    split over `zero_group` neighbouring data-parallel ranks (0: all). Of the `cp` ranks of a
+    sequence `ulysses` exchange sequence for heads, the others pass keys round. `sp`: whether values
+    between blocks were fixed to be split along the sequence, or not (None: as is cheapest).
     """
 
     pp: int = 1
@@ -40,6 +41,7 @@ class Strategy:
     etp: int = 1
     zero_group: int = 0
     sp: bool | None = None
+    ulysses: int = 1
 
     @property
     def ranks(self) -> int:
@@ -54,6 +56,13 @@ class Strategy:
 
     def __str__(self) -> str:
         shown = [f"pp={self.pp}", f"dp={self.dp}", f"tp={self.tp}", f"zero={self.zero}"]
+        for name in ("vpp", "cp", "ulysses", "ep", "etp"):
+            if getattr(self, name) > 1:
+                shown.append(f"{name}={getattr(self, name)}")
+        if self.zero_group:
+            shown.append(f"zero_group={self.zero_group}")
+        if self.schedule not in ("1f1b", "interleaved"):
+            shown.append(f"schedule={self.schedule}")
         shown += [f"micro_batch={self.micro_batch}", f"recompute={self.recompute}"]
         return " ".join(shown)
 
@@ -195,8 +204,9 @@ class Plan:
 
     @property
     def type_axes(self) -> tuple[str, ...]:
-        """The mesh axes that types name: all but `pp`."""
-        return tuple(name for name in self.mesh.names if name != "pp")
+        """The mesh axes that types name: all but `pp`, and but `cp`, whose programs are not emitted
+        yet."""
+        return tuple(name for name in self.mesh.names if name not in ("pp", "cp"))
 
     @property
     def tensor_axes(self) -> tuple[str, ...]:

@@ -5,9 +5,12 @@ chain            the distinct blocks of a model and how they follow each other
 signatures       signatures over several axes, views
 sbp_program      the types inside blocks, as an integer program
 costs            what that program pays: the cost model on a mesh
-inner            all blocks on one tensor mesh, solved and priced
+inner, insides   all blocks on one tensor mesh, solved and priced; those that a search needs
+alike            sorts of intervals of a chain, of which there are few
 stages           cutting the chain of segments into stages
+virtual_stages   the same where ranks have several
 candidates       configurations to look at
+bounds           what no cut of a configuration can beat
 search           best first over configurations, with bounds
 request, fix     what is asked for, what is fixed, pins
 mapping          which node takes which place of a job
@@ -22,6 +25,7 @@ build, report    the plan, and the plan in words
 """
 
 from .build import build_plan, check_described
+from .candidates import emits, unemittable
 from .fix import Fix
 from .leave_out import advice_on
 from .predict import Prediction, predict
@@ -40,10 +44,12 @@ __all__ = [
     "advice_on",
     "build_plan",
     "check_described",
+    "emits",
     "explain",
     "predict",
     "replan",
     "scaled_plan",
     "summary",
     "to_json",
+    "unemittable",
 ]

@@ -26,6 +26,7 @@ from ..ir.plan import (
 )
 from ..ir.types import R
 from ..ir.workload import Workload
+from .candidates import emits, unemittable
 from .inner import replicated, with_data_axis
 from .request import Request, repeated
 from .search import GIB, Found, Outcome
@@ -59,8 +60,14 @@ def build_plan(request: Request, mesh: Mesh, found: Found, advice: tuple[str, ..
         ),
         alternatives=tuple(_alternative(request, best, other) for other in found.outcomes[1:]),
         mapping=best.mapping,
-        advice=advice,
+        advice=(*_limits(model, best), *advice),
     )
+
+
+def _limits(model: Model, best: Outcome) -> tuple[str, ...]:
+    """What of the plan no backend emits yet, in a line."""
+    reason = unemittable(best.candidate) if emits(model) else "mixtures of experts"
+    return (f"cannot be emitted yet: {reason}",) if reason else ()
 
 
 def full_annotations(model: Model, tensor: Mapping[str, Annotation]) -> dict[str, Annotation]:
@@ -99,8 +106,15 @@ def strategy_of(request: Request, outcome: Outcome) -> Strategy:
         zero=candidate.zero,
         micro_batch=candidate.micro_batch,
         recompute=strongest,
-        schedule="gpipe" if request.fix.schedule == "gpipe" else "1f1b",
+        schedule=candidate.schedule,
         layers=repeated(request.model).per_stage(outcome.cut.bounds),
+        vpp=candidate.vpp,
+        cp=candidate.cp,
+        ep=candidate.ep,
+        etp=candidate.etp,
+        zero_group=candidate.zero_group,
+        ulysses=candidate.ulysses,
+        sp=request.fix.sp,
     )
 
 
@@ -133,10 +147,10 @@ def check_described(plan: Plan) -> None:
     if missing := Workload.model_fields.keys() - plan.workload.keys():
         raise InvalidInput(f"workload.{min(missing)} is missing")
     said = plan.predicted
-    if len(said.memory_bytes) != len(plan.stages):
+    if len(said.memory_bytes) != plan.strategy.pp:
         raise InvalidInput(
             f"predicted.memory_bytes has {len(said.memory_bytes)} items, expected one for each of "
-            f"{len(plan.stages)} stages"
+            f"{plan.strategy.pp} pipeline ranks"
         )
     for name in ("step_seconds", "memory_limit_bytes"):
         number = getattr(said, name)
@@ -153,4 +167,6 @@ def _alternative(request: Request, best: Outcome, other: Outcome) -> Alternative
     fullest = max(stage.total for stage in other.memory)
     if fullest < max(stage.total for stage in best.memory) * 0.9:
         reason += f"; needs only {fullest / GIB:.0f} GiB"
+    if limits := unemittable(other.candidate):
+        reason += f"; cannot be emitted yet: {limits}"
     return Alternative(strategy_of(request, other), other.seconds, fullest, reason)

@@ -1,20 +1,29 @@
 """The configurations that the search looks at: degrees that multiply to the cluster and divide the
-batch, within the limits of the engine that will run them."""
+batch, and for each set of degrees the schedules and the ways to share state out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import gcd, prod
 
 from ..costmodel.collectives import Group
 from ..ir import InvalidInput
-from ..ir.plan import ScheduleName
+from ..ir.graph import Model, bind
+from ..ir.optable import TABLE
+from ..ir.plan import ScheduleName, Strategy
 from ..ir.schedule_rows import schedule_placement
 from .request import Request, pinned_stages, repeated
 
 MAX_MICRO_BATCH = 16
 """Sequences per microbatch beyond which the search does not go unless told to: kernels have long
 reached their peak, and activations only grow."""
+LEAST_TOKENS = 1024
+"""Tokens of a sequence that a rank keeps at least: the search goes no further with context
+parallelism unless told to."""
+MOST_VIRTUAL_STAGES = 8
+"""Virtual stages of a rank up to which the search goes unless told to: each sends every microbatch
+once more."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -23,7 +32,9 @@ class Candidate:
 
     Ranks are laid out tp innermost, then cp, dp and pp; experts are split over `ep` x `etp` of the
     dp x cp x tp ranks of a stage, `ep` over neighbouring ones first. `zero_group` is how many
-    data-parallel ranks (dp x cp) ZeRO splits state over, neighbours (0: all).
+    data-parallel ranks (dp x cp) ZeRO splits state over, neighbours (0: all). Of the cp ranks of a
+    sequence `ulysses` neighbouring ones exchange sequence for heads, the others pass keys and
+    values round (arXiv:2405.07719).
     """
 
     pp: int
@@ -38,13 +49,24 @@ class Candidate:
     ep: int = 1
     etp: int = 1
     zero_group: int = 0
+    ulysses: int = 1
 
     @property
     def key(self) -> str:
-        return (
-            f"pp={self.pp} dp={self.dp} tp={self.tp} zero={self.zero} "
-            f"micro_batch={self.micro_batch}"
-        )
+        text = f"pp={self.pp} dp={self.dp} tp={self.tp} zero={self.zero}"
+        for name in ("vpp", "cp", "ulysses", "ep", "etp"):
+            if getattr(self, name) > 1:
+                text += f" {name}={getattr(self, name)}"
+        if self.zero_group:
+            text += f" zero_group={self.zero_group}"
+        if self.schedule not in ("1f1b", "interleaved"):
+            text += f" schedule={self.schedule}"
+        return f"{text} micro_batch={self.micro_batch}"
+
+    @property
+    def ring(self) -> int:
+        """Ranks of a context-parallel group between which keys and values travel."""
+        return self.cp // self.ulysses
 
     @property
     def ranks(self) -> int:
@@ -101,15 +123,48 @@ def divisors(number: int) -> list[int]:
 
 
 def candidates(request: Request) -> list[Candidate]:
-    """All configurations to consider, in a fixed order.
-
-    The pipelining engine runs 1F1B with at least as many microbatches as stages. Raises
-    InvalidInput, saying why, where there is none.
-    """
-    found = list(_enumerate(request))
+    """All configurations to consider, in a fixed order. Raises InvalidInput, saying why, where
+    there is none."""
+    found = [each for head in heads(request) for each in variants(request, head)]
     if not found:
         raise InvalidInput(_why_none(request))
     return found
+
+
+def heads(request: Request) -> list[Candidate]:
+    """One configuration for every set of degrees and micro-batch, in a fixed order: 1F1B without
+    ZeRO, which `variants` varies. Raises InvalidInput where there is none."""
+    found = list(_heads(request))
+    if not found:
+        raise InvalidInput(_why_none(request))
+    return found
+
+
+def variants(request: Request, head: Candidate) -> list[Candidate]:
+    """The schedules, and the ways to share state out, of one set of degrees."""
+    return [
+        replace(head, schedule=schedule, vpp=vpp, zero=zero, zero_group=group)
+        for schedule, vpp in _schedules(request, head)
+        for zero, group in _zero_stages(request, head)
+    ]
+
+
+def emits(model: Model) -> bool:
+    """Whether a backend can emit the model at all: mixtures of experts are planned and predicted
+    from their dimensions, not yet traced."""
+    return expert_sizes_of(model) is None
+
+
+def unemittable(candidate: Candidate | Strategy) -> str | None:
+    """What of a configuration no backend emits yet, or None."""
+    parts = [
+        (candidate.vpp > 1 or candidate.schedule not in ("1f1b", "gpipe"),
+         "interleaved and zero-bubble schedules"),
+        (candidate.cp > 1, "context parallelism"),
+        (candidate.ep * candidate.etp > 1, "expert parallelism"),
+        (candidate.zero_group > 0, "ZeRO over a part of the data-parallel ranks"),
+    ]  # fmt: skip
+    return ", ".join(name for used, name in parts if used) or None
 
 
 def most_devices(request: Request) -> int:
@@ -122,31 +177,35 @@ def _widest(request: Request) -> int:
     return max(8, request.cluster.devices_per_node)
 
 
-def _enumerate(request: Request) -> Iterator[Candidate]:
+def _heads(request: Request) -> Iterator[Candidate]:
     fix, cluster = request.fix, request.cluster
     world, batch = cluster.world_size, request.workload.global_batch
     layers = repeated(request.model).count
     widest = _widest(request)
     whole = request.whole_batch() is not None
     pinned = max((stage for stage in pinned_stages(request.model) if stage is not None), default=0)
+    stages = len(fix.stages) // (fix.vpp or 1) if fix.stages else None
+    attention, experts = attention_heads(request.model), expert_sizes_of(request.model)
     for pp in divisors(world):
-        if fix.pp not in (None, pp) or (fix.stages and len(fix.stages) != pp):
+        if fix.pp not in (None, pp) or stages not in (None, pp):
             continue
         if pp <= pinned or pp > len(request.model.segments) or (pp > layers and fix.pp is None):
             continue
         for tp in divisors(world // pp):
             if fix.tp not in (None, tp) or (fix.tp is None and tp > widest):
                 continue
-            dp = world // pp // tp
-            if fix.dp not in (None, dp) or batch % dp:
-                continue
-            for micro in [batch // dp] if whole else _micro_batches(request, batch // dp):
-                microbatches = batch // dp // micro
-                if microbatches < pp or (whole and dp > 1):
+            for cp, ulysses in _contexts(request, world // pp // tp, tp, attention):
+                dp = world // pp // tp // cp
+                if fix.dp not in (None, dp) or batch % dp:
                     continue
-                for zero in _zero_stages(request, dp):
-                    schedule: ScheduleName = "gpipe" if fix.schedule == "gpipe" else "1f1b"
-                    yield Candidate(pp, dp, tp, zero, micro, microbatches, schedule)
+                micros = [batch // dp] if whole else _micro_batches(request, batch // dp)
+                for micro in micros:
+                    microbatches = batch // dp // micro
+                    if microbatches < pp or (whole and dp > 1):
+                        continue
+                    for ep, etp in _experts(request, dp * cp * tp, tp, experts):
+                        yield Candidate(pp, dp, tp, 0, micro, microbatches, cp=cp, ep=ep, etp=etp,
+                                        ulysses=ulysses)  # fmt: skip
 
 
 def _micro_batches(request: Request, per_rank: int) -> list[int]:
@@ -156,10 +215,118 @@ def _micro_batches(request: Request, per_rank: int) -> list[int]:
     return [d for d in divisors(per_rank) if d <= MAX_MICRO_BATCH]
 
 
-def _zero_stages(request: Request, dp: int) -> list[int]:
-    if request.fix.zero is not None:
-        return [request.fix.zero]
-    return [0] if dp == 1 else [0, 1, 2, 3]
+def _contexts(
+    request: Request, ranks: int, tp: int, attention: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, int]]:
+    """(cp, ulysses): nothing, a ring, heads exchanged as far as key-value heads go."""
+    fix, tokens = request.fix, request.workload.seq_len
+    for cp in divisors(ranks):
+        if fix.cp not in (None, cp):
+            continue
+        if cp == 1:
+            yield 1, 1
+            continue
+        if tokens % (cp * tp) or (fix.cp is None and tokens // cp < LEAST_TOKENS):
+            continue
+        if not attention:
+            continue
+        most = cp
+        for count, shared in attention:
+            most = gcd(most, gcd(count, shared) // gcd(gcd(count, shared), tp))
+        if fix.attention in (None, "ring"):
+            yield cp, 1
+        if most > 1 and fix.attention in (None, "ulysses"):
+            yield cp, most
+
+
+def _experts(
+    request: Request, ranks: int, tp: int, experts: tuple[int, int] | None
+) -> Iterator[tuple[int, int]]:
+    """(ep, etp) over the ranks of a stage."""
+    fix = request.fix
+    if experts is None:
+        if fix.ep in (None, 1) and fix.etp in (None, 1):
+            yield 1, 1
+        return
+    count, width = experts
+    for ep in divisors(gcd(count, ranks)):
+        for etp in dict.fromkeys((1, tp) if fix.etp is None else (fix.etp,)):
+            if fix.ep in (None, ep) and ranks % (ep * etp) == 0 and width % etp == 0:
+                yield ep, etp
+
+
+def _schedules(request: Request, head: Candidate) -> Iterator[tuple[ScheduleName, int]]:
+    """Schedules with their virtual stages per rank that the layers and microbatches allow."""
+    fix, layers = request.fix, repeated(request.model).count
+    m, pp = head.microbatches, head.pp
+    every: list[tuple[ScheduleName, int]] = [("1f1b", 1), ("gpipe", 1), ("zb-h1", 1)]
+    every += [("interleaved", v) for v in range(2, layers // pp + 1)]
+    if 2 * pp <= layers + 2:
+        every.append(("zb-v", 2))
+    for schedule, vpp in every:
+        if fix.schedule is None and (schedule == "gpipe" or (pp == 1 and schedule != "1f1b")):
+            continue  # GPipe takes as long as 1F1B and holds more
+        if fix.schedule not in (None, schedule) or fix.vpp not in (None, vpp):
+            continue
+        if fix.vpp is None and schedule == "interleaved" and (
+            vpp > MOST_VIRTUAL_STAGES or m % max(1, m // pp)
+        ):  # fmt: skip
+            continue
+        if pinned_stages_given(request) and vpp > 1:
+            continue
+        yield schedule, vpp
+
+
+def pinned_stages_given(request: Request) -> bool:
+    """Whether layers are pinned to stages, which are then those of ranks."""
+    return any(stage is not None for stage in pinned_stages(request.model))
+
+
+def _zero_stages(request: Request, head: Candidate) -> Iterator[tuple[int, int]]:
+    """(ZeRO stage, ranks it splits over: 0 for all). Groups are those that fit a level of the
+    cluster, so that what is gathered often stays on faster links (arXiv:2312.12705)."""
+    fix, replicas = request.fix, head.replicas
+    stages = [0, 1, 2, 3] if fix.zero is None else [fix.zero]
+    if fix.zero is None and replicas == 1 and head.expert_replicas == 1:
+        stages = [0]
+    groups = [0]
+    if fix.zero_group is not None:
+        groups = [fix.zero_group]
+    else:
+        for level in request.cluster.levels[:-1]:
+            inside = level.span_devices // head.tp
+            if 1 < inside < replicas and replicas % inside == 0:
+                groups.append(inside)
+    for zero in stages:
+        for group in groups if zero else [0]:
+            if group == 0 or replicas % group == 0:
+                yield zero, group
+
+
+def attention_heads(model: Model) -> list[tuple[int, int]]:
+    """(query, key-value) heads of every attention of the model's blocks."""
+    found: dict[tuple[int, int], None] = {}
+    for graph in model.blocks.values():
+        for op in graph.ops:
+            if TABLE[op.kind].work == "attention":
+                counts = [prod(bind(op.sizes[f], {}) for f in op.rule.operands[k][1])
+                          for k in (0, 1)]  # fmt: skip
+                found[counts[0], counts[1]] = None
+    return list(found)
+
+
+def expert_sizes_of(model: Model) -> tuple[int, int] | None:
+    """(experts, outputs of one) that every mixture of the model has a multiple of; None for a model
+    without experts."""
+    counts, widths = 0, 0
+    for graph in model.blocks.values():
+        for op in graph.ops:
+            if op.kind == "grouped_linear":
+                count, width = (
+                    prod(bind(op.sizes[f], {}) for f in op.rule.operands[1][dim]) for dim in (0, 1)
+                )
+                counts, widths = gcd(counts, count), gcd(widths, width)
+    return (counts, widths) if counts else None
 
 
 def _why_none(request: Request) -> str:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -71,9 +71,7 @@ class _Known:
 
     experts: dict[str, ExpertPart] = field(default_factory=dict)
     kernels: dict[str, Kernels] = field(default_factory=dict)
-    ops: dict[tuple[str, str, tuple[str | None, ...]], tuple[Work, Work]] = field(
-        default_factory=dict
-    )
+    ops: dict[tuple[Hashable, ...], tuple[Work, Work]] = field(default_factory=dict)
     moves: dict[_Move, tuple[Work, Work]] = field(default_factory=dict)
     seconds: dict[tuple[Recompute, _Move], float] = field(default_factory=dict)
     collectives: dict[tuple[Collective, str, int], float] = field(default_factory=dict)
@@ -124,12 +122,24 @@ class ModelCosts:
         other._known = self._known
         return other
 
+    def beside(self, candidate: Candidate) -> ModelCosts:
+        """The same prices for another way to split sequences and experts beside the axes, with as
+        many tokens on a rank; what is known of ops that this does not touch is shared."""
+        other = replace(self, candidate=candidate)
+        other._known = self._known
+        return other
+
     def op(self, block: str, op: Op, signature: NdSignature) -> float:
         return self.op_work(block, op, signature).total_s
 
     def op_work(self, block: str, op: Op, signature: NdSignature) -> PassWork:
         """What an op takes, split as a signature says."""
-        key, known = (block, op.name, signature.factors), self._known.ops
+        key: tuple[Hashable, ...] = (block, op.name, signature.factors)
+        beside, known = self.candidate, self._known.ops
+        if beside is not None and op.name in self.expert_part(block).ops:
+            key += (beside.ep, beside.etp)
+        elif beside is not None and TABLE[op.kind].work == "attention":
+            key += (beside.cp, beside.ulysses)
         if key not in known:
             known[key] = self._op(block, op, signature)
         forward, backward = known[key]
@@ -156,7 +166,7 @@ class ModelCosts:
                 forward.add(work, _VOCABULARY_REDUCTIONS)
         backward = Work.of(device, kernels.backward(op, sizes), attention)
         if attention and self.candidate is not None and self.candidate.cp > 1:
-            self._ring(op, sizes, forward, backward)
+            self._context(op, sizes, forward, backward)
         if inside and line.work == "dispatch":
             self._exchange(block, op, forward, backward)
         return forward, backward
@@ -181,20 +191,40 @@ class ModelCosts:
                     sizes[factor] *= self.candidate.cp
         return sizes
 
-    def _ring(self, op: Op, sizes: Mapping[FactorName, int], forward: Work, backward: Work) -> None:
-        """Ring attention (arXiv:2310.01889): keys and values travel round the context group beside
-        the products, in the backward pass their gradients too; what takes longer counts."""
+    def _context(
+        self, op: Op, sizes: Mapping[FactorName, int], forward: Work, backward: Work
+    ) -> None:
+        """Attention over a sequence that is split over the context group: its ranks exchange
+        sequence for heads as far as `ulysses` goes (DeepSpeed-Ulysses, arXiv:2309.14509), and in
+        both passes again for the result; keys and values travel round the others beside the
+        products, in the backward pass their gradients too, and what takes longer counts (ring
+        attention, arXiv:2310.01889)."""
         assert self.candidate is not None
-        moved = sum(
-            prod(sizes[f] for dim in op.rule.operands[k] for f in dim)
-            * self.precision.compute_bytes
-            for k in (1, 2)
-        )
-        group = Group(self.candidate.cp, self.candidate.tp)
-        once = collective_seconds(self.cluster, "all_gather", moved, group)
-        for work, rounds in ((forward, 1), (backward, 2)):
-            exposed = exposed_seconds(rounds * once, work.total_s)
-            work.add(Work.communication("context_parallel", exposed, self.runtime))
+        beside = self.candidate
+        own = dict(sizes)
+        for factor in op.rule.operands[1][2]:
+            if op.sizes[factor] == "s":
+                own[factor] //= beside.cp
+
+        def held(shapes: Iterable[Sequence[Sequence[FactorName]]]) -> int:
+            """Bytes of a rank's part of tensors of attention."""
+            elements = sum(prod(own[f] for dim in shape for f in dim) for shape in shapes)
+            return elements * self.precision.compute_bytes
+
+        if beside.ring > 1:
+            group = Group(beside.ring, beside.tp * beside.ulysses)
+            moved = held(op.rule.operands[1:3]) * beside.ring
+            once = collective_seconds(self.cluster, "all_gather", moved, group)
+            for work, rounds in ((forward, 1), (backward, 2)):
+                exposed = exposed_seconds(rounds * once, work.total_s)
+                work.add(Work.communication("context_parallel", exposed, self.runtime))
+        if beside.ulysses > 1:
+            group = Group(beside.ulysses, beside.tp)
+            for shapes in (op.rule.operands[:3], op.rule.results[:1]):
+                moved = held(shapes) * beside.ulysses
+                seconds = collective_seconds(self.cluster, "all_to_all", moved, group)
+                for work in (forward, backward):
+                    work.add(Work.communication("context_parallel", seconds, self.runtime))
 
     def _exchange(self, block: str, op: Op, forward: Work, backward: Work) -> None:
         """Tokens to their experts or back, in the backward pass their gradients."""

@@ -18,17 +18,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _DEGREES = ("pp", "vpp", "dp", "cp", "tp", "ep", "etp", "micro_batch", "zero_group")
 KEYS = (*_DEGREES, "sp", "zero", "stages", *_CHOICES)
 
-_PLANNED: dict[str, tuple[tuple[object, ...], str]] = {
-    "vpp": ((1,), "interleaved schedules"),
-    "cp": ((1,), "context parallelism"),
-    "ep": ((1,), "expert parallelism"),
-    "etp": ((1,), "expert parallelism"),
-    "attention": (("heads",), "attention over a split sequence"),
-    "schedule": (("1f1b", "gpipe"), "interleaved and zero-bubble schedules"),
-    "zero_group": ((), "ZeRO over a part of the data-parallel ranks"),
-}
-"""Values of these keys that can be planned and emitted; `predict` prices all."""
-
 
 @dataclass(frozen=True, slots=True)
 class Fix:
@@ -70,17 +59,6 @@ class Fix:
             raise InvalidInput(f"--fix: got {text!r}, expected text such as tp=8,pp=4 or a mapping")
         return Fix(**{key: value for key, value in _read(items).items() if key in _FIELDS})
 
-    def check_planned(self) -> None:
-        """Raises InvalidInput for what can be predicted, but not yet planned and emitted."""
-        for key, (values, feature) in _PLANNED.items():
-            value = getattr(self, key)
-            if value is not None and value not in values:
-                expected = f", expected {key}={' or '.join(map(str, values))}" if values else ""
-                raise InvalidInput(
-                    f"--fix: {key}={value}: {feature} cannot be planned yet{expected}; "
-                    "`shardwright predict` prices it"
-                )
-
     def with_defaults(self) -> Fix:
         """What `predict` and `verify` take for granted: 1 or the default where nothing is said."""
         return Fix(
@@ -93,6 +71,16 @@ class Fix:
             schedule=self.schedule or "1f1b",
             stages=self.stages,
             sp=self.sp,
+        )
+
+    @property
+    def beyond_backends(self) -> bool:
+        """Whether something is fixed that no backend emits yet (`candidates.unemittable`)."""
+        degrees = (self.vpp, self.cp, self.ep, self.etp)
+        return (
+            any((degree or 1) > 1 for degree in degrees)
+            or self.schedule not in (None, "1f1b", "gpipe")
+            or self.zero_group is not None
         )
 
     @property

@@ -6,7 +6,7 @@ What `plan` and `predict` compare with the memory of a device; the parts come fr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
@@ -25,8 +25,8 @@ from ..costmodel.shards import local_shape
 from ..ir.mesh import Mesh
 from ..ir.optable import TABLE
 from ..ir.plan import Recompute, ScheduleName
-from ..ir.schedule_rows import schedule_placement, schedule_table
-from .candidates import Candidate
+from ..ir.schedule_rows import schedule_table
+from .candidates import Candidate, placement_of
 from .inner import Inner
 from .request import Request
 
@@ -51,11 +51,8 @@ class Parameters:
         model, dense, experts = request.model, 0, 0
         tied: dict[str, tuple[int, bool]] = {}
         for block, count in Counter(s.block for s in model.segments[first:last]).items():
-            inside, sizes = inner.expert_parameters[block], inner.local_parameters[block]
-            own = model.blocks[block].parameters
-            of_experts = sum(n for name, n in zip(own, sizes, strict=True) if name in inside)
-            experts += count * of_experts
-            dense += count * (sum(sizes) - of_experts)
+            each = inner.parameters_of(model.blocks[block], block)
+            dense, experts = dense + count * each[0], experts + count * each[1]
         for segment in model.segments[first:last] if model.tied else ():
             inside, sizes = (
                 inner.expert_parameters[segment.block],
@@ -99,57 +96,96 @@ class Parameters:
 def rank_bytes(
     request: Request,
     candidate: Candidate,
-    inner: Inner,
+    inners: Sequence[Inner],
     bounds: Sequence[int],
     modes: Sequence[Sequence[Recompute]],
 ) -> tuple[StageBytes, ...]:
     """Peak memory of every pipeline rank, by kind.
 
-    `bounds` cut the segments into pp x vpp virtual stages in order of the model, `modes` are the
-    recompute modes of each one's segments.
+    `inners` are the insides of blocks as each pipeline rank has them, `bounds` cut the segments
+    into pp x vpp virtual stages in order of the model, `modes` are the recompute modes of each
+    one's segments.
     """
-    model, device = request.model, request.cluster.device
-    shapes = {block: _product_shapes(request, candidate, inner, block) for block in model.blocks}
-    placement = schedule_placement(
-        candidate.schedule, candidate.pp, candidate.microbatches, candidate.vpp
-    )
+    placement = placement_of(candidate)
     stages_of: list[list[int]] = [[] for _ in range(candidate.pp)]
     for stage, rank in enumerate(placement):
         stages_of[rank].append(stage)
+    shapes: dict[int, Mapping[str, Shapes]] = {}
+    known: dict[Hashable, StageBytes] = {}
     found = []
-    for rank, stages in enumerate(stages_of):
-        parameters, calls, outputs = Parameters(), [], 0
-        used: set[str] = set()
-        for stage in stages:
-            first, last = bounds[stage], bounds[stage + 1]
-            segments = model.segments[first:last]
-            parameters |= Parameters.of(request, inner, first, last)
-            used |= {segment.block for segment in segments}
-            calls += [
-                inner.costs[s.block, mode].memory
-                for s, mode in zip(segments, modes[stage], strict=True)
-            ]
-            if calls and stage < len(placement) - 1:
-                outputs += calls[-1].output
-        buffers = _gathers(request, candidate, inner, used)
-        buffers += _flat_buffers(request, candidate, parameters)
-        if request.runtime.placeholder_gradients:
-            distinct = {shape: n for block in used for shape, n in shapes[block].items()}
-            buffers += sum(distinct.values()) * request.precision.compute_bytes
-        state = rank_state(request.precision, candidate, parameters.dense, request.runtime)
-        if parameters.experts:
-            state += _state(
-                request.precision, candidate, parameters.experts, request.runtime,
-                candidate.expert_shards,
-            )  # fmt: skip
-        found.append(
-            stage_bytes(
-                state, calls, in_flight(candidate, rank), buffers,
-                outputs=outputs if request.runtime.keeps_outputs and candidate.pp > 1 else 0,
-                reserve=device.reserve_bytes + request.runtime.reserve_bytes,
+    for rank, (stages, inner) in enumerate(zip(stages_of, inners, strict=True)):
+        last = len(placement) - 1 in stages
+        content = [
+            (segment.block, mode, *(p for p in segment.parameters if p in request.model.tied))
+            for stage in stages
+            for segment, mode in zip(
+                request.model.segments[bounds[stage] : bounds[stage + 1]],
+                modes[stage],
+                strict=True,
             )
-        )  # fmt: skip
+        ]
+        sizes = tuple(bounds[stage + 1] - bounds[stage] for stage in stages)
+        key = (tuple(content), sizes, in_flight(candidate, rank), last, id(inner))
+        if key not in known:
+            if id(inner) not in shapes:
+                shapes[id(inner)] = {
+                    block: _product_shapes(request, candidate, inner, block)
+                    for block in request.model.blocks
+                } if request.runtime.placeholder_gradients else {}  # fmt: skip
+            known[key] = _one_rank(
+                request, candidate, inner, rank, stages, bounds, modes, shapes[id(inner)]
+            )
+        found.append(known[key])
     return tuple(found)
+
+
+def _one_rank(
+    request: Request,
+    candidate: Candidate,
+    inner: Inner,
+    rank: int,
+    stages: Sequence[int],
+    bounds: Sequence[int],
+    modes: Sequence[Sequence[Recompute]],
+    shapes: Mapping[str, Shapes],
+) -> StageBytes:
+    model, device = request.model, inner.cluster.device
+    parameters, calls, outputs = Parameters(), [], 0
+    used: set[str] = set()
+    for stage in stages:
+        first, last = bounds[stage], bounds[stage + 1]
+        segments = model.segments[first:last]
+        parameters |= Parameters.of(request, inner, first, last)
+        used |= {segment.block for segment in segments}
+        calls += [
+            inner.costs[s.block, mode].memory
+            for s, mode in zip(segments, modes[stage], strict=True)
+        ]
+        if calls and stage < candidate.pp * candidate.vpp - 1:
+            outputs += calls[-1].output
+    buffers = gathered_bytes(request, candidate, inner, used)
+    buffers += _flat_buffers(request, candidate, parameters)
+    if request.runtime.placeholder_gradients:
+        distinct = {shape: n for block in used for shape, n in shapes[block].items()}
+        buffers += sum(distinct.values()) * request.precision.compute_bytes
+    return stage_bytes(
+        held_state(request, candidate, parameters.dense, parameters.experts),
+        calls,
+        in_flight(candidate, rank),
+        buffers,
+        outputs=outputs if request.runtime.keeps_outputs and candidate.pp > 1 else 0,
+        reserve=device.reserve_bytes + request.runtime.reserve_bytes,
+    )
+
+
+def held_state(request: Request, candidate: Candidate, dense: int, experts: int) -> StateBytes:
+    """Weights, gradients and optimizer state of so many parameters of dense layers and experts."""
+    state = rank_state(request.precision, candidate, dense, request.runtime)
+    if experts:
+        state += _state(
+            request.precision, candidate, experts, request.runtime, candidate.expert_shards
+        )
+    return state
 
 
 def rank_state(
@@ -180,20 +216,20 @@ def _accumulated_bytes(precision: Precision, candidate: Candidate, runtime: Runt
     return runtime.gradient_bytes
 
 
-def _gathers(request: Request, candidate: Candidate, inner: Inner, blocks: set[str]) -> int:
+def gathered_bytes(
+    request: Request, candidate: Candidate, inner: Inner, blocks: Iterable[str]
+) -> int:
     """Buffers of the block that needs most; experts have fewer copies to share their state."""
 
     def of_block(block: str) -> int:
-        inside, graph = inner.expert_parameters[block], request.model.blocks[block]
-        sizes = dict(zip(graph.parameters, inner.local_parameters[block], strict=True))
-        experts = sum(size for name, size in sizes.items() if name in inside)
+        dense, experts = inner.parameters_of(request.model.blocks[block], block)
         return sum(
             gather_bytes(
                 elements, request.precision, candidate.zero, shards,
                 gradient_bytes=request.runtime.gradient_bytes,
             )
             for elements, shards in (
-                (sum(sizes.values()) - experts, candidate.shards),
+                (dense, candidate.shards),
                 (experts, candidate.expert_shards),
             )
         )  # fmt: skip

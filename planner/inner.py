@@ -14,7 +14,6 @@ from math import gcd, prod
 from ..costmodel.cluster import Cluster
 from ..costmodel.liveness import BlockBytes, block_bytes
 from ..costmodel.precision import Precision
-from ..costmodel.runtime import Runtime
 from ..costmodel.shards import local_shape
 from ..costmodel.work import Work
 from ..ir.graph import Binding, Graph, Model, Op
@@ -56,7 +55,8 @@ class BlockCost:
 
 @dataclass(frozen=True, slots=True)
 class Inner:
-    """The solved inside of all blocks on one tensor mesh.
+    """The solved inside of all blocks on one tensor mesh of a cluster, as far as one pipeline rank
+    sees it.
 
     `annotations` are on the tensor axes only. `bound_seconds` is the least any typing takes for a
     microbatch through the whole model. `local_parameters` are a rank's elements of each parameter
@@ -65,6 +65,7 @@ class Inner:
     """
 
     axes: tuple[Axis, ...]
+    cluster: Cluster
     annotations: Mapping[str, Annotation]
     costs: Mapping[tuple[str, Recompute], BlockCost]
     bound_seconds: float
@@ -72,6 +73,12 @@ class Inner:
     local_parameters: Mapping[str, tuple[int, ...]]
     carried_bytes: Mapping[str, int]
     expert_parameters: Mapping[str, frozenset[str]]
+
+    def parameters_of(self, graph: Graph, block: str) -> tuple[int, int]:
+        """A rank's parameters in a block: of dense layers, and of experts."""
+        inside, sizes = self.expert_parameters[block], self.local_parameters[block]
+        experts = sum(n for name, n in zip(graph.parameters, sizes, strict=True) if name in inside)
+        return sum(sizes) - experts, experts
 
 
 def sub_axes(model: Model, tp: int) -> tuple[int, ...]:
@@ -97,32 +104,6 @@ def sub_axes(model: Model, tp: int) -> tuple[int, ...]:
             found.append(size // done)
             done = size
     return tuple(found) or (1,)
-
-
-def solve_inner(
-    model: Model,
-    chain: Chain,
-    cluster: Cluster,
-    mesh: Mesh,
-    binding: Binding,
-    precision: Precision,
-    modes: Sequence[Recompute] = MODES,
-    solver: Solver = "highs",
-    decided_on: Cluster | None = None,
-    runtime: Runtime | None = None,
-) -> Inner:
-    """Types every block on the tensor axes of `mesh` and prices it in every recompute mode.
-
-    Raises Infeasible where pins cannot hold. `decided_on` is the cluster whose prices choose the
-    types, where that is not the one whose prices are reported.
-    """
-    axes = tuple(axis for axis in mesh.axes if axis.parent == "tp")
-    runs = runtime or Runtime.preset("torch")
-    plain = ModelCosts(decided_on or cluster, mesh, axes, binding, precision, model.blocks, runs)
-    chosen, bound, method = chosen_types(chain, plain, solver)
-    priced = replace(plain, cluster=cluster)
-    least = bound if decided_on is None else None
-    return inner_of(chain, chosen, priced, modes, least, method)
 
 
 def chosen_types(
@@ -170,6 +151,7 @@ def inner_of(
         bound_seconds = sum(evaluate(chain, annotations, costs).values())
     return Inner(
         costs.axes,
+        costs.cluster,
         annotations,
         price_blocks(chain, annotations, costs, modes),
         bound_seconds,

@@ -37,8 +37,9 @@ def slow_nodes(cluster: Cluster) -> tuple[int, ...]:
     return tuple(sorted(slow, key=lambda node: (speed[node], node)))
 
 
-def advice_on(request: Request, best: Outcome) -> tuple[str, ...]:
-    """One line for every way of leaving slow nodes out that is faster than the plan on all."""
+def advice_on(request: Request, best: Outcome, anything: bool = False) -> tuple[str, ...]:
+    """One line for every way of leaving slow nodes out that is faster than the plan on all;
+    `anything` as `Search` takes it."""
     cluster = request.hardware or request.cluster
     slow = slow_nodes(cluster)
     found = []
@@ -46,7 +47,7 @@ def advice_on(request: Request, best: Outcome) -> tuple[str, ...]:
         fewer = cluster.without(slow[:count])
         other = Request.on(request.model, fewer, request.workload, request.fix, request.runtime)
         try:
-            outcome = Search(other).run(top=1).outcomes[0]
+            outcome = Search(other, anything=anything).run(top=1).outcomes[0]
         except (InvalidInput, Infeasible):  # the batch, the pins or the memory want all nodes
             continue
         gain = 1 - outcome.seconds / best.seconds

@@ -145,7 +145,8 @@ def predict(request: Request) -> Prediction:
         for first, last in pairwise(bounds)
     ]
     slowdown = in_order(request.cluster, candidate)
-    price = price_step(request, candidate, inner, bounds, modes, slowdown=slowdown)
+    inners = [inner] * candidate.pp
+    price = price_step(request, candidate, inners, bounds, modes, slowdown=slowdown)
     work, cluster = request.workload, request.cluster
     seconds = price.seconds
     peak = request.peak_flops_per_s

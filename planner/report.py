@@ -101,13 +101,14 @@ def _stages(plan: Plan) -> Table:
         "logits", "work", "buffers", f"total {name}",
     )  # fmt: skip
     for i, stage in enumerate(plan.stages):
-        kinds = plan.predicted.memory[i] if i < len(plan.predicted.memory) else {}
-        cells = [f"{kinds.get(kind, 0) / unit:.1f}" for kind in _KINDS]
-        total = plan.predicted.memory_bytes[i]
-        table.add_row(
-            str(i), _range(plan, i), _modes(stage.recompute), *cells,
-            f"{total / unit:.1f} of {plan.predicted.memory_limit_bytes / unit:.1f}",
-        )  # fmt: skip
+        if i < plan.strategy.pp:  # what a rank holds is told with its first stage
+            kinds = plan.predicted.memory[i] if i < len(plan.predicted.memory) else {}
+            cells = [f"{kinds.get(kind, 0) / unit:.1f}" for kind in _KINDS]
+            limit = plan.predicted.memory_limit_bytes / unit
+            cells.append(f"{plan.predicted.memory_bytes[i] / unit:.1f} of {limit:.1f}")
+        else:
+            cells = [""] * (len(_KINDS) + 1)
+        table.add_row(str(i), _range(plan, i), _modes(stage.recompute), *cells)
     return table
 
 
@@ -146,7 +147,7 @@ def explain(plan: Plan) -> str:
         share = seconds / predicted.step_seconds
         times.add_row(part.replace("_", " "), f"{seconds:.4g}", f"{share:.1%}")
     times.add_row("step", f"{predicted.step_seconds:.4g}", "")
-    fullest = max(range(len(plan.stages)), key=lambda i: predicted.memory_bytes[i])
+    fullest = max(range(plan.strategy.pp), key=lambda i: predicted.memory_bytes[i])
     used = predicted.memory_bytes[fullest] / predicted.memory_limit_bytes
     binds = [f"What binds: stage {fullest} uses {used:.0%} of the memory"]
     if any(mode != "none" for stage in plan.stages for mode in stage.recompute):

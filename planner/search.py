@@ -1,10 +1,11 @@
-"""The search over configurations: best first, with an admissible bound per candidate.
+"""The search over configurations: best first, with admissible bounds.
 
-For a microbatch that takes `T` in all on its way through the model and `m` microbatches, no cut
-into `p` stages runs a step in less than `T / (1 - (1 - 1/m)^p)`: the design's bound
-`max_s [m·T_s + Σ_{i<s} T_i]` is least where all its terms are equal, and that is their value. `T`
-is the optimum of the SBP program for time alone, so a candidate whose bound is above the best plan
-found is never solved.
+One queue, in which what is looked at next is what could be fastest. A set of degrees enters with
+its FLOPs at the device's peak; once its blocks are typed, with their time and the bubble; then each
+of its variants (schedule, ZeRO) with a bound that knows memory (`bounds`); a variant whose turn it
+is, is solved: its stages are cut and the step estimated; and when no estimate or bound is lower,
+its schedule is simulated on the links it uses. So most variants are never solved, and the best
+simulated one is known to be so when its turn comes again.
 """
 
 from __future__ import annotations
@@ -14,27 +15,44 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import InitVar, dataclass, field, replace
-from itertools import pairwise
+from itertools import count, pairwise
 
 import numpy as np
 
 from ..costmodel.cluster import Cluster
-from ..costmodel.memory import StageBytes, StateBytes, gather_bytes, state_bytes
+from ..costmodel.memory import StageBytes, state_bytes
 from ..costmodel.overlap import overlap_cost_fraction
-from ..costmodel.steptime import data_parallel_sync
+from ..costmodel.steptime import accumulation_seconds
 from ..ir import Infeasible, InvalidInput
-from ..ir.from_dims import expert_binding
 from ..ir.mesh import Mesh
-from ..ir.plan import NodeMapping, Recompute
-from .candidates import Candidate, candidates, most_devices
-from .chain import Chain
+from ..ir.plan import NodeMapping
+from .alike import Alike
+from .bounds import (
+    afterwards_seconds,
+    commonest_block,
+    distinct_of,
+    floor_of,
+    step_floor_seconds,
+    variant_floors,
+)
+from .candidates import (
+    Candidate,
+    heads,
+    most_devices,
+    placement_of,
+    unemittable,
+    variants,
+)
 from .fix import Fix
-from .inner import MODES, Inner, solve_inner, splits_anything, sub_axes
+from .footprint import gathered_bytes, held_state, in_flight
+from .inner import Inner
+from .insides import Insides
 from .linear_program import Solver
-from .request import Request, bounds_of, pinned_stages, pinned_types, repeated
-from .stages import Array, Cut, SegmentTable, Shortfall, cut_stages
-from .step import in_flight, price_step, rank_state, stages_of, traffic_of
+from .request import Request, bounds_of, pinned_stages, repeated
+from .stages import Cut, Rank, SegmentTable, Shortfall, cut_stages, pipeline_floor_seconds
+from .step import price_step, stages_of, sync_seconds, traffic_of, transfer_seconds
 from .traffic import has_choice, in_order, mapped
+from .virtual_stages import cut_virtual
 
 GIB = 2**30
 TIE = 1e-3
@@ -44,19 +62,30 @@ MOST_MAPPED_NODES = 16
 """Nodes up to which every finalist is mapped; on more only the best one, the others in order."""
 _MOST_NODES = 4096
 """Nodes of the largest cluster that an error looks at for one that fits."""
+_TIGHTER = 0.98
+"""Of the memory limit: what stages are cut for again where their buffers did not fit."""
+_TRIES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A solved candidate: stages, step time with its parts in seconds, memory per stage."""
+    """A solved candidate: stages, step time with its parts in seconds, memory per pipeline rank.
+    `floor_seconds` is what no other cut or recomputation of the same candidate can beat; `inners`
+    are the insides of blocks as each rank has them."""
 
     candidate: Candidate
-    inner: Inner
+    inners: tuple[Inner, ...]
     cut: Cut
     seconds: float
     time: dict[str, float]
     memory: tuple[StageBytes, ...]
+    floor_seconds: float
     mapping: NodeMapping | None = None
+
+    @property
+    def inner(self) -> Inner:
+        """The types and prices on the first rank; types are the same on all."""
+        return self.inners[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +102,16 @@ class Found:
     infeasible: int
     seconds: float
     methods: dict[str, int]
+    interrupted: bool = False
+
+
+@dataclass(slots=True)
+class _Counts:
+    """What became of the variants that there are."""
+
+    total: int = 0
+    solved: int = 0
+    infeasible: int = 0
 
 
 @dataclass(slots=True)
@@ -80,110 +119,188 @@ class Search:
     """One run of the search; keeps what candidates share.
 
     `like` is an earlier search for the same model and work on other numbers of the same nodes: what
-    it solved inside nodes is not solved again.
+    it solved inside nodes is not solved again. `anything`: configurations that no backend emits yet
+    count as well.
     """
 
     request: Request
     solver: Solver = "highs"
+    anything: bool = False
     like: InitVar[Search | None] = None
-    chain: Chain = field(init=False)
+    insides: Insides = field(init=False)
+    alike: Alike = field(init=False)
     stage_of: list[int | None] = field(init=False)
     layer: list[bool] = field(init=False)
-    modes: tuple[Recompute, ...] = field(init=False)
     least_flops: float = field(init=False)
-    _inner: dict[tuple[int, int], Inner | None] = field(default_factory=dict)
-    _refused: dict[int, Infeasible] = field(default_factory=dict)
+    uses: dict[str, list[int]] = field(init=False)
+    _heads: int = 0
 
     def __post_init__(self, like: Search | None) -> None:
-        if like is not None and _inside(like.request.cluster) == _inside(self.request.cluster):
-            most = self.request.cluster.devices_per_node
-            self._inner = {key: inner for key, inner in like._inner.items() if key[0] <= most}
         model = self.request.model
-        self.request.fix.check_planned()
         self.request.check()
-        self.chain = replace(
-            Chain.of(model, pinned_types(model)), sequence_split=self.request.fix.sp
-        )
+        self.insides = Insides(self.request, self.solver)
+        if like is not None and _inside(like.request.cluster) == _inside(self.request.cluster):
+            self.insides.shared_with(like.insides)
+        self.alike = like.alike if like is not None else Alike.of(_kinds(self.request))
         self.stage_of = pinned_stages(model)
         layers = repeated(model)
         self.layer = [i in layers for i in range(len(model.segments))]
         self.least_flops = self.request.least_flops_per_step()
-        fixed = self.request.fix.recompute
-        self.modes = tuple(mode for mode in MODES if fixed in (None, mode))
+        every = model.uses() if model.tied else {}
+        self.uses = {name: uses for name, uses in every.items() if name in model.tied}
 
     def run(self, top: int = 5, progress: Callable[[str], None] | None = None) -> Found:
         """The `top` best configurations.
 
         Raises Infeasible, saying what is short and what would fit, where no configuration fits
-        the memory.
+        the memory. Interrupted (KeyboardInterrupt), it returns the best so far.
         """
         began = time.process_time()
-        options = candidates(self.request)
-        pending = [(self._first_bound(c), False, c) for c in options]
-        heapq.heapify(pending)
-        total = len(pending)
-        done: list[Outcome] = []
+        every = heads(self.request)
+        if not self.anything:
+            every = [head for head in every if unemittable(head) is None]
+        self._heads = len(every)
+        order = count()
+        queue: list[tuple[float, int, int, Candidate, Outcome | None]] = [
+            (self._flops_floor(head), next(order), 0, head, None) for head in every
+        ]
+        heapq.heapify(queue)
+        counts, finals = _Counts(), list[Outcome]()
+        solved: list[Outcome] = []
         short: list[tuple[float, Candidate]] = []
-        bounds: list[float] = []
-        useless = 0
-        while pending:
-            bound, refined, candidate = heapq.heappop(pending)
-            if len(done) >= top and bound >= sorted(o.seconds for o in done)[top - 1]:
-                bounds.append(bound)  # all that is left is no better than this
-                break
-            if not refined:
-                inner = self.inner(candidate)
-                if inner is None:
-                    useless += 1
-                    continue
-                heapq.heappush(
-                    pending, (max(bound, self._bound(candidate, inner)), True, candidate)
-                )
-                continue
-            bounds.append(bound)
-            if progress is not None:
-                progress(f"{candidate.key}: {len(done)} solved, {len(pending)} to go")
-            outcome = self.solve(candidate)
-            if isinstance(outcome, Outcome):
-                done.append(outcome)
-            else:
-                short.append((outcome.needed_bytes, candidate))
-        self._check_refused(options)
-        if not done:
-            if not short:
-                raise InvalidInput(self._useless())
-            needed, candidate = min(short)
-            if needed == float("inf"):
-                raise Infeasible(self._contradiction(candidate))
-            raise Infeasible(self._shortage(needed, candidate))
-        done.sort(key=lambda o: (o.seconds, o.candidate))
-        solved = len(done)
+        interrupted = False
         few = self.request.cluster.nodes <= MOST_MAPPED_NODES
-        done = [self._placed(o, search=few) for o in done[:top]]
-        done.sort(key=lambda o: (o.seconds, o.candidate))
-        tied = [o for o in done if o.seconds <= done[0].seconds * (1 + TIE)]
+        try:
+            while queue and len(finals) < top:
+                bound, _, level, candidate, outcome = heapq.heappop(queue)
+                found: list[tuple[float, int, Candidate, Outcome | None]] = []
+                if level == 0:
+                    found = self._typed(candidate, bound)
+                elif level == 1:
+                    found = self._varied(candidate, bound, counts, short)
+                elif level == 2:
+                    if progress is not None:
+                        progress(f"{candidate.key}: {counts.solved} solved, {len(queue)} to go")
+                    result = self.solve(candidate, bound)
+                    if isinstance(result, Outcome):
+                        counts.solved += 1
+                        solved.append(result)
+                        found = [(max(bound, result.seconds), 3, candidate, result)]
+                    else:
+                        counts.infeasible += 1
+                        short.append((result.needed_bytes, candidate))
+                elif level == 3:
+                    assert outcome is not None
+                    placed = self._placed(outcome, search=few)
+                    found = [(placed.seconds, 4, candidate, placed)]
+                else:
+                    assert outcome is not None
+                    finals.append(outcome)
+                for key, at, each, what in found:
+                    heapq.heappush(queue, (key, next(order), at, each, what))
+        except KeyboardInterrupt:
+            interrupted = True
+            simulated = [o for *_, level, _, o in queue if level == 4 and o is not None]
+            finals += sorted(simulated, key=lambda o: o.seconds)
+            if not finals and solved:
+                finals.append(self._placed(min(solved, key=lambda o: o.seconds), search=False))
+            if not finals:
+                raise
+        self._check_refused(every)
+        if not finals:
+            self._raise_infeasible(short)
+        open_floors = [key if o is None else o.floor_seconds for key, _, _, _, o in queue]
+        return self._found(finals[:top], open_floors, counts, interrupted, began)
+
+    def _found(
+        self,
+        finals: list[Outcome],
+        open_floors: Sequence[float],
+        counts: _Counts,
+        interrupted: bool,
+        began: float,
+    ) -> Found:
+        tied = [o for o in finals if o.seconds <= finals[0].seconds * (1 + TIE)]
         chosen = min(tied, key=self._preference)
-        done.remove(chosen)
+        others = [o for o in finals if o is not chosen]
         if chosen.mapping is None and has_choice(self.request.cluster):
             chosen = self._placed(chosen, search=True)
-        done.insert(0, chosen)
-        methods = Counter(i.method for i in self._inner.values() if i is not None)
+        floors = [*open_floors, *(o.floor_seconds for o in finals), chosen.seconds]
         return Found(
-            tuple(done[:top]),
-            min(*bounds, done[0].seconds),  # on better links than an axis is priced by
-            solved,
-            total - solved - len(short) - useless,
-            len(short) + useless,
+            (chosen, *others),
+            min(floors),
+            counts.solved,
+            counts.total - counts.solved - counts.infeasible,
+            counts.infeasible,
             time.process_time() - began,
-            dict(methods),
+            dict(Counter(self.insides.methods())),
+            interrupted,
         )
 
-    def _check_refused(self, options: Sequence[Candidate]) -> None:
+    # --- one step of the search ------------------------------------------------------------------
+
+    def _typed(
+        self, head: Candidate, bound: float
+    ) -> list[tuple[float, int, Candidate, Outcome | None]]:
+        """A set of degrees whose blocks are typed now."""
+        inners = self.inners(head)
+        if inners is None:
+            return []
+        through = min(self._through(inner) for inner in inners)
+        floors = [
+            step_floor_seconds(through, each, self._share(inners))
+            for each in {(v.schedule, v.vpp): v for v in self._allowed(head)}.values()
+        ]
+        return [(max(bound, min(floors)), 1, head, None)] if floors else []
+
+    def _varied(
+        self,
+        head: Candidate,
+        bound: float,
+        counts: _Counts,
+        short: list[tuple[float, Candidate]],
+    ) -> list[tuple[float, int, Candidate, Outcome | None]]:
+        """Its variants, each with its bound."""
+        inners, options = self.inners(head), self._allowed(head)
+        assert inners is not None
+        counts.total += len(options)
+        floors = variant_floors(self.request, options, inners)
+        never = ~np.isfinite(floors)
+        counts.infeasible += int(never.sum())
+        if never.any():  # remembered in case nothing fits anywhere
+            thriftiest = options[max(i for i in np.flatnonzero(never))]
+            short.append((float("nan"), thriftiest))
+        return [
+            (max(bound, float(floor)), 2, each, None)
+            for floor, each in zip(floors, options, strict=True)
+            if np.isfinite(floor)
+        ]
+
+    def _allowed(self, head: Candidate) -> list[Candidate]:
+        every = variants(self.request, head)
+        return every if self.anything else [each for each in every if unemittable(each) is None]
+
+    def _check_refused(self, every: Sequence[Candidate]) -> None:
         """Raises Infeasible, naming the pin, where pins on types hold at no tp that splits: with
         tp=1 they would be kept in name only."""
-        wide = [c for c in options if c.tp > 1]
-        if self._refused and not any(self.inner(c) is not None for c in wide):
-            raise self._refused[max(self._refused)]
+        refused = self.insides.refused
+        wide = [head for head in every if head.tp > 1]
+        if refused and not any(self.inners(head) is not None for head in wide):
+            raise refused[max(refused)]
+
+    def _raise_infeasible(self, short: Sequence[tuple[float, Candidate]]) -> None:
+        known = []
+        for needed, candidate in short:
+            if not np.isfinite(needed):
+                cut = self._cut(candidate)
+                needed = cut.needed_bytes if isinstance(cut, Shortfall) else float("inf")
+            known.append((needed, candidate))
+        if not known:
+            raise InvalidInput(self._useless())
+        needed, candidate = min(known)
+        if needed == float("inf"):
+            raise Infeasible(self._contradiction(candidate))
+        raise Infeasible(self._shortage(needed, candidate))
 
     def _preference(self, outcome: Outcome) -> tuple[bool, int, int]:
         fullest = max(stage.total for stage in outcome.memory)
@@ -191,77 +308,96 @@ class Search:
 
     # --- bounds ----------------------------------------------------------------------------------
 
-    def _first_bound(self, candidate: Candidate) -> float:
-        """Before anything is solved: all FLOPs at the device's peak, and the bubble."""
-        device = self.request.cluster.device
-        peak = device.peak(self.request.precision.compute_dtype)
-        step = self.least_flops / (self.request.cluster.world_size * peak)
+    def _flops_floor(self, candidate: Candidate) -> float:
+        """Before anything is solved: all FLOPs at the device's peak."""
+        peak = self.request.peak_flops_per_s
+        step = self.least_flops / peak
+        if self.anything or candidate.pp == 1:
+            return step
         through = step * candidate.pp / candidate.microbatches
-        return _step_bound(through, candidate)
+        return step_floor_seconds(through, candidate, 1.0)
 
-    def _bound(self, candidate: Candidate, inner: Inner) -> float:
-        return _step_bound(inner.bound_seconds, candidate)
+    def _through(self, inner: Inner) -> float:
+        """The least seconds of a microbatch through the whole model."""
+        least: dict[str, float] = {}
+        for (block, _), cost in inner.costs.items():
+            least[block] = min(least.get(block, float("inf")), cost.seconds)
+        return sum(least[segment.block] for segment in self.request.model.segments)
+
+    def _share(self, inners: Sequence[Inner]) -> float:
+        """The forward's part of what a layer takes, at most."""
+        layer = commonest_block(self.request)
+        costs = [inner.costs[layer, "none"] for inner in distinct_of(inners)]
+        return max(cost.forward.total_s / cost.seconds for cost in costs)
 
     # --- one candidate ---------------------------------------------------------------------------
 
     def mesh(self, candidate: Candidate) -> Mesh:
         """pp, dp and tp with its sub-axes, outermost first."""
-        mesh = Mesh.of(pp=candidate.pp, dp=candidate.dp, tp=candidate.tp)
-        return mesh.factored("tp", sub_axes(self.request.model, candidate.tp))
+        return self.insides.mesh(candidate)
 
-    def inner(self, candidate: Candidate) -> Inner | None:
-        """The inside of blocks for a candidate's tp and micro-batch, solved once; None where tp
-        would split nothing, or pins cannot hold."""
-        key = (candidate.tp, candidate.micro_batch)
-        if key not in self._inner:
-            try:
-                inner = self._solved(candidate)
-            except Infeasible as error:  # pins that cannot hold at this tp
-                self._refused[candidate.tp] = error
-                self._inner[key] = None
-                return None
-            useful = candidate.tp == 1 or splits_anything(inner.axes, inner.annotations)
-            if not useful and self.request.fix.tp == candidate.tp:
-                # The model is so small that splitting does not pay, but it was asked for.
-                local = Cluster.preset("local").resized(self.request.cluster.world_size)
-                inner = self._solved(candidate, local)
-                useful = splits_anything(inner.axes, inner.annotations)
-            self._inner[key] = inner if useful else None
-        return self._inner[key]
+    def inners(self, candidate: Candidate) -> tuple[Inner, ...] | None:
+        """The insides of blocks on every pipeline rank; None where tp splits nothing."""
+        inner = self.insides.of(candidate)
+        return None if inner is None else (inner,) * candidate.pp
 
-    def _solved(self, candidate: Candidate, decided_on: Cluster | None = None) -> Inner:
-        return solve_inner(
-            self.request.model,
-            self.chain,
-            self.request.cluster,
-            self.mesh(candidate),
-            expert_binding(
-                self.request.model,
-                {"b": candidate.micro_batch, "s": self.request.workload.seq_len},
-            ),
-            self.request.precision,
-            tuple(dict.fromkeys(("none", *self.modes))),
-            self.solver,
-            decided_on,
-            self.request.runtime,
-        )
+    def solve(self, candidate: Candidate, floor_s: float = 0.0) -> Outcome | Shortfall:
+        """Cuts the stages of a candidate and estimates the step. `floor_s` is a bound that is
+        already known."""
+        request, inners = self.request, self.inners(candidate)
+        assert inners is not None
+        limits = [float(inner.cluster.device.memory_limit_bytes) for inner in inners]
+        tightened = list(limits)
+        for _ in range(_TRIES):
+            cut = self._cut(candidate, tightened)
+            if isinstance(cut, Shortfall):
+                return cut
+            price = price_step(request, candidate, inners, cut.bounds, cut.modes, exact=False)
+            excess = [
+                stage.total - limit for stage, limit in zip(price.memory, limits, strict=True)
+            ]
+            if max(excess) <= 0:
+                floor = max(floor_s, self._floor(candidate, inners, price.seconds))
+                return Outcome(
+                    candidate, inners, cut, price.seconds, dict(price.time), price.memory,
+                    min(floor, price.seconds),
+                )  # fmt: skip
+            tightened = [
+                tight - max(0.0, over) if over <= 0 else _TIGHTER * tight - over
+                for tight, over in zip(tightened, excess, strict=True)
+            ]
+        return Shortfall(max(limits) + max(excess))
 
-    def solve(self, candidate: Candidate) -> Outcome | Shortfall:
-        """Cuts the stages of a candidate and prices the step."""
-        request, inner = self.request, self.inner(candidate)
-        assert inner is not None
-        sync = self._sync_per_microbatch(candidate, inner)
-        table = self._table(candidate, inner, sync)
-        m = candidate.microbatches
-        held = [in_flight(candidate, rank) for rank in range(candidate.pp)]
+    def _cut(self, candidate: Candidate, limits: Sequence[float] | None = None) -> Cut | Shortfall:
+        request, model = self.request, self.request.model
+        ranks = self._ranks(candidate, limits)
         stages = request.fix.stages
-        cut = cut_stages(
-            table, held, m, request.limit_bytes, self.stage_of, sync,
-            bounds_of(request.model, stages) if stages else None,
+        if candidate.vpp > 1:
+            cut = cut_virtual(
+                ranks, placement_of(candidate), repeated(model), len(model.segments),
+                candidate.microbatches, stages,
+            )  # fmt: skip
+        else:
+            cut = cut_stages(
+                ranks, self.alike, candidate.microbatches, self.stage_of,
+                bounds_of(model, stages) if stages else None,
+            )  # fmt: skip
+        return cut if isinstance(cut, Shortfall) else self._layers_only(cut)
+
+    def _floor(self, candidate: Candidate, inners: Sequence[Inner], worth_s: float) -> float:
+        """What no cut of a candidate can beat, whatever it recomputes."""
+        if candidate.vpp > 1:
+            return 0.0
+        after = min(
+            afterwards_seconds(self.request, candidate, inner) for inner in distinct_of(inners)
+        )
+        carried = min(min(inner.carried_bytes.values()) for inner in inners)
+        transfer = transfer_seconds(self.request, candidate, carried) if candidate.pp > 1 else 0.0
+        floor = pipeline_floor_seconds(
+            self._ranks(candidate), self.alike,
+            floor_of(candidate, self._share(inners), transfer), worth_s,
         )  # fmt: skip
-        if isinstance(cut, Shortfall):
-            return cut
-        return self._priced(candidate, inner, self._layers_only(cut))
+        return min(floor + after, worth_s)
 
     def _layers_only(self, cut: Cut) -> Cut:
         """A cut whose modes are those of layers; what is no layer is not recomputed."""
@@ -271,58 +407,55 @@ class Search:
         )
         return replace(cut, modes=modes)
 
-    def _table(self, candidate: Candidate, inner: Inner, sync: Array) -> SegmentTable:
-        """The segments as `cut_stages` wants them: compute slowed by `sync`, the communication of
-        each that it hides."""
-        request, model = self.request, self.request.model
-        slowed = overlap_cost_fraction() * sync
-        seconds, kept, workspace = [], [], []
-        for mode in self.modes:
-            costs = [
-                inner.costs[s.block, mode if self.layer[i] else "none"]
-                for i, s in enumerate(model.segments)
-            ]
-            seconds.append([c.seconds for c in costs])
-            kept.append([float(c.memory.kept) for c in costs])
-            workspace.append([float(c.memory.workspace) for c in costs])
-        gather = [
-            gather_bytes(sum(inner.local_parameters[s.block]), request.precision,
-                         candidate.zero, candidate.dp)
-            for s in model.segments
-        ]  # fmt: skip
-        fixed = [
-            float(self._state(candidate, inner.local_parameters[s.block]).total)
-            for s in model.segments
+    def _ranks(self, candidate: Candidate, limits: Sequence[float] | None = None) -> list[Rank]:
+        """Pipeline ranks as stages are cut for."""
+        inners = self.inners(candidate)
+        assert inners is not None
+        tables = {id(inner): self._table(candidate, inner) for inner in distinct_of(inners)}
+        room = limits or [float(inner.cluster.device.memory_limit_bytes) for inner in inners]
+        return [
+            Rank(tables[id(inner)], in_flight(candidate, rank), limit)
+            for rank, (inner, limit) in enumerate(zip(inners, room, strict=True))
         ]
+
+    def _table(self, candidate: Candidate, inner: Inner) -> SegmentTable:
+        """The segments as `cut_stages` wants them: compute slowed by the communication that it
+        hides, and by adding up gradients."""
+        request, model, modes = self.request, self.request.model, self.insides.modes
+        blocks = list(dict.fromkeys(segment.block for segment in model.segments))
+        layer = {s.block: self.layer[i] for i, s in enumerate(model.segments)}
+        at = np.array([blocks.index(segment.block) for segment in model.segments])
+        waits, added, state, gathers = [], [], [], []
+        for block in blocks:
+            dense, experts = inner.parameters_of(model.blocks[block], block)
+            sync = sync_seconds(request, candidate, inner.cluster, dense, experts)
+            waits.append(sync.per_microbatch_s)
+            accumulates = candidate.microbatches > 1 and not request.runtime.fused_accumulation
+            added.append(
+                accumulation_seconds(
+                    inner.cluster.device, dense + experts, request.precision,
+                    request.runtime.gradient_bytes,
+                ) if accumulates else 0.0
+            )  # fmt: skip
+            state.append(held_state(request, candidate, dense, experts).total)
+            gathers.append(gathered_bytes(request, candidate, inner, [block]))
+        slowed = overlap_cost_fraction() * np.array(waits) + np.array(added)
+        costs = [[inner.costs[b, mode if layer[b] else "none"] for b in blocks] for mode in modes]
+        seconds = np.array([[cost.seconds for cost in row] for row in costs]) + slowed
+        kept = np.array([[float(cost.memory.kept) for cost in row] for row in costs])
+        workspace = np.array([[float(cost.memory.workspace) for cost in row] for row in costs])
         shared = []
-        for name, uses in model.uses().items():
+        for name, uses in self.uses.items():
             for first, last in pairwise(uses):
                 segment = model.segments[first]
                 elements = inner.local_parameters[segment.block][segment.parameters.index(name)]
-                shared.append((first, last, float(self._state(candidate, (elements,)).total)))
+                size = held_state(request, candidate, elements, 0).total
+                shared.append((first, last, float(size)))
         return SegmentTable(
-            self.modes, np.array(seconds) + slowed, np.array(kept),
-            np.array(workspace) + np.array(gather, dtype=np.float64), np.array(fixed),
-            tuple(shared),
+            modes, seconds[:, at], kept[:, at],
+            (workspace + np.array(gathers, np.float64))[:, at],
+            np.array(state, np.float64)[at], tuple(shared), np.array(waits)[at],
         )  # fmt: skip
-
-    def _state(self, candidate: Candidate, parameters: tuple[int, ...]) -> StateBytes:
-        return rank_state(self.request.precision, candidate, sum(parameters))
-
-    def _sync_per_microbatch(self, candidate: Candidate, inner: Inner) -> Array:
-        return np.array(
-            [
-                data_parallel_sync(
-                    self.request.cluster, candidate.data, sum(inner.local_parameters[s.block]),
-                    self.request.precision, candidate.zero,
-                ).per_microbatch_s
-                for s in self.request.model.segments
-            ]
-        )  # fmt: skip
-
-    def _priced(self, candidate: Candidate, inner: Inner, cut: Cut) -> Outcome:
-        price = price_step(self.request, candidate, inner, cut.bounds, cut.modes, exact=False)
-        return Outcome(candidate, inner, cut, price.seconds, dict(price.time), price.memory)
 
     def _placed(self, outcome: Outcome, search: bool) -> Outcome:
         """A finalist, its schedule simulated on the links it uses: with `search` on the nodes that
@@ -330,11 +463,11 @@ class Search:
         request, candidate, cut = self.request, outcome.candidate, outcome.cut
         mapping, slowdown = None, in_order(request.cluster, candidate)
         if search and slowdown is not None:
-            stages = stages_of(request, candidate, outcome.inner, cut.bounds, cut.modes)
+            stages = stages_of(request, candidate, outcome.inners, cut.bounds, cut.modes)
             traffic = traffic_of(request, candidate, stages)
             mapping, slowdown = mapped(request.cluster, candidate, traffic)
         price = price_step(
-            request, candidate, outcome.inner, cut.bounds, cut.modes, slowdown=slowdown
+            request, candidate, outcome.inners, cut.bounds, cut.modes, slowdown=slowdown
         )
         return replace(
             outcome,
@@ -402,27 +535,41 @@ class Search:
         for nodes in range(start, last + 1):
             try:
                 larger = replace(request, cluster=cluster.resized(nodes))
-                other = Search(larger, self.solver)
-                options = candidates(larger)
+                other = Search(larger, self.solver, self.anything, like=self)
+                options = [
+                    head
+                    for head in heads(larger)
+                    if head.ep * head.etp * head.cp == 1
+                    or larger.fix.ep
+                    or larger.fix.etp
+                    or larger.fix.cp
+                    or self.anything
+                ]
             except InvalidInput:
                 continue
-            other._inner = self._inner  # the same blocks on the same devices
-            smallest = min(c.micro_batch for c in options)
-            thrifty = [c for c in options if c.micro_batch == smallest]
-            if any(other._may_fit(c) and isinstance(other.solve(c), Outcome) for c in thrifty):
+            smallest = min(head.micro_batch for head in options)
+            thrifty = [head for head in options if head.micro_batch == smallest]
+            if any(other._fits(head) for head in thrifty):
                 return nodes
         return None
 
-    def _may_fit(self, candidate: Candidate) -> bool:
-        """Whether a stage could hold its share of the state, and some stage every segment."""
-        inner = self.inner(candidate)
-        if inner is None:
+    def _fits(self, head: Candidate) -> bool:
+        """Whether some variant of a set of degrees fits the memory."""
+        inners, options = self.inners(head), self._allowed(head)
+        if inners is None or not options:
             return False
-        table = self._table(candidate, inner, np.zeros(len(self.layer)))
-        tied = sum(size for _, _, size in table.shared)
-        share = (table.fixed.sum() - tied) / candidate.pp
-        alone = table.fixed + (table.kept + table.workspace).min(axis=0)
-        return bool(max(share, alone.max()) <= self.request.limit_bytes)
+        floors = variant_floors(self.request, options, inners)
+        possible = [each for floor, each in zip(floors, options, strict=True) if np.isfinite(floor)]
+        return any(isinstance(self.solve(each), Outcome) for each in possible)
+
+
+def _kinds(request: Request) -> list[Hashable]:
+    """What makes segments alike: their block, and the parameters that others use as well."""
+    model = request.model
+    return [
+        (segment.block, *(name for name in segment.parameters if name in model.tied))
+        for segment in model.segments
+    ]
 
 
 def _inside(cluster: Cluster) -> Hashable:
@@ -433,10 +580,3 @@ def _inside(cluster: Cluster) -> Hashable:
 
 def _nodes(count: int, devices: int) -> str:
     return f"{count} node{'s' * (count > 1)} of {devices} device{'s' * (devices > 1)}"
-
-
-def _step_bound(through_seconds: float, candidate: Candidate) -> float:
-    """The least a step takes whose microbatches take `through_seconds` for the whole model."""
-    m = candidate.microbatches
-    return float(through_seconds / -np.expm1(candidate.pp * np.log1p(-1 / m)) if m > 1
-                 else through_seconds)  # fmt: skip

@@ -6,11 +6,14 @@ how the chain of segments is cut.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
+from ..costmodel.cluster import Cluster
 from ..costmodel.collectives import Group, collective_seconds
+from ..costmodel.device import Device
 from ..costmodel.memory import StageBytes
 from ..costmodel.overlap import exposed_seconds, outer_exposed_seconds
 from ..costmodel.pipeline import schedule_estimate_seconds
@@ -59,6 +62,7 @@ class StageWork:
     parameters: Parameters
     sync: SyncSeconds
     carried_bytes: int
+    device: Device
 
     @property
     def seconds(self) -> float:
@@ -77,7 +81,7 @@ class StageWork:
 def price_step(
     request: Request,
     candidate: Candidate,
-    inner: Inner,
+    inners: Sequence[Inner],
     bounds: Sequence[int],
     modes: Sequence[Sequence[Recompute]],
     exact: bool = True,
@@ -85,12 +89,13 @@ def price_step(
 ) -> StepPrice:
     """Time and memory of a step.
 
-    `bounds` cut the segments into pp x vpp virtual stages in order of the model, `modes` are the
-    recompute modes of each one's segments. `exact`: the schedule is simulated, with what surrounds
-    it; otherwise estimated, which a search can afford for every configuration. `slowdown`: what
-    links make of communication where the configuration is placed.
+    `inners` are the insides of blocks as each pipeline rank has them (one and the same where all
+    devices and links are alike). `bounds` cut the segments into pp x vpp virtual stages in order of
+    the model, `modes` are the recompute modes of each one's segments. `exact`: the schedule is
+    simulated, with what surrounds it; otherwise estimated, which a search can afford for every
+    configuration. `slowdown`: what links make of communication where the configuration is placed.
     """
-    stages = stages_of(request, candidate, inner, bounds, modes)
+    stages = stages_of(request, candidate, inners, bounds, modes)
     if slowdown is not None:
         stages = [
             stage.slowed(data, tensor)
@@ -108,26 +113,28 @@ def price_step(
     transfers = _transfers(request, candidate, stages, boundary)
     time |= (_simulated if exact else _estimated)(request, candidate, stages, ranks, transfers)
     flops = m * sum(s.forward.flops + s.backward.flops for s in stages) / candidate.pp
-    return StepPrice(time, rank_bytes(request, candidate, inner, bounds, modes), flops)
+    return StepPrice(time, rank_bytes(request, candidate, inners, bounds, modes), flops)
 
 
 def stages_of(
     request: Request,
     candidate: Candidate,
-    inner: Inner,
+    inners: Sequence[Inner],
     bounds: Sequence[int],
     modes: Sequence[Sequence[Recompute]],
 ) -> list[StageWork]:
     """Every (virtual) stage; those of the same blocks in the same modes are priced once."""
     model, found = request.model, []
     known: dict[Hashable, StageWork] = {}
-    for (first, last), kinds in zip(pairwise(bounds), modes, strict=True):
-        segments = model.segments[first:last]
-        tied = [p for s in segments for p in s.parameters if p in model.tied] if model.tied else []
+    placement = placement_of(candidate)
+    for rank, (first, last), kinds in zip(placement, pairwise(bounds), modes, strict=True):
+        segments, inner = model.segments[first:last], inners[rank]
+        tied = [p for s in segments for p in s.parameters if p in model.tied] if model.tied else ()
         key = (
             tuple(segment.block for segment in segments),
             tuple(kinds),
             tuple(tied),
+            id(inner),
         )
         if key not in known:
             known[key] = _stage(request, candidate, inner, first, last, kinds)
@@ -145,33 +152,35 @@ def _stage(
 ) -> StageWork:
     forward, backward, weights_s = Work(), Work(), 0.0
     segments = request.model.segments[first:last]
-    for segment, mode in zip(segments, modes, strict=True):
-        cost = inner.costs[segment.block, mode]
-        forward.add(cost.forward)
-        backward.add(cost.backward)
-        weights_s += cost.weights_s
+    for (block, mode), count in Counter(
+        (segment.block, mode) for segment, mode in zip(segments, modes, strict=True)
+    ).items():
+        cost = inner.costs[block, mode]
+        forward.add(cost.forward, count)
+        backward.add(cost.backward, count)
+        weights_s += count * cost.weights_s
     parameters = Parameters.of(request, inner, first, last)
+    device = inner.cluster.device
     if candidate.microbatches > 1 and not request.runtime.fused_accumulation:
         added = accumulation_seconds(
-            request.cluster.device,
-            parameters.elements,
-            request.precision,
-            request.runtime.gradient_bytes,
+            device, parameters.elements, request.precision, request.runtime.gradient_bytes
         )
         backward.add(Work({"pointwise": added}))
-    sync = _sync(request, candidate, parameters)
+    sync = sync_seconds(request, candidate, inner.cluster, parameters.dense, parameters.experts)
     carried = inner.carried_bytes[segments[-1].block]
-    return StageWork(forward, backward, weights_s, parameters, sync, carried)
+    return StageWork(forward, backward, weights_s, parameters, sync, carried, device)
 
 
-def _sync(request: Request, candidate: Candidate, parameters: Parameters) -> SyncSeconds:
-    """Data-parallel communication of a stage: that of dense layers and that of experts."""
-    parts = [(candidate.data, candidate.shards, parameters.dense)]
-    if parameters.experts:
-        parts.append((candidate.expert_data, candidate.expert_shards, parameters.experts))
+def sync_seconds(
+    request: Request, candidate: Candidate, cluster: Cluster, dense: float, experts: float
+) -> SyncSeconds:
+    """Data-parallel communication of so many parameters of dense layers and of experts."""
+    parts = [(candidate.data, candidate.shards, dense)]
+    if experts:
+        parts.append((candidate.expert_data, candidate.expert_shards, experts))
     found = [
         data_parallel_sync(
-            request.cluster,
+            cluster,
             group,
             elements,
             request.precision,
@@ -353,5 +362,4 @@ def _optimizer_seconds(request: Request, candidate: Candidate, rank: Sequence[St
     held = Parameters()
     for stage in rank:
         held |= stage.parameters
-    elements = held.sharded(candidate)
-    return optimizer_step_seconds(request.cluster.device, elements, request.precision)
+    return optimizer_step_seconds(rank[0].device, held.sharded(candidate), request.precision)

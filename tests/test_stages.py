@@ -9,9 +9,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwright.planner.stages import Cut, SegmentTable, Shortfall, cut_stages
+from shardwright.planner.alike import Alike
+from shardwright.planner.stages import Cut, Rank, SegmentTable, Shortfall
+from shardwright.planner.stages import cut_stages as cut_ranks
 
 MODES = ("none", "selective", "full")
+
+
+def cut_stages(
+    table: SegmentTable,
+    in_flight: list[int],
+    m: int,
+    limit: float,
+    pins: list[int | None],
+    fixed_bounds: tuple[int, ...] | None = None,
+) -> Cut | Shortfall:
+    """Equal ranks, every segment a kind of its own but those in the middle."""
+    count = table.seconds.shape[1]
+    kinds = ["first", *["layer"] * (count - 2), "last"]
+    ranks = [Rank(table, alive, limit) for alive in in_flight]
+    return cut_ranks(ranks, Alike.of(kinds), m, pins, fixed_bounds)
 
 
 def table_of(layers: int, seconds: list[float], kept: list[float], ends: float) -> SegmentTable:

@@ -1,0 +1,396 @@
+"""What no cut into stages can beat: admissible bounds of all variants of a set of degrees at once.
+
+The design's bound, `max_s [m·T_s + Σ_{i<s} T_i]`, under each rank's memory. Its relaxation: layers
+of the commonest block are a fluid that every stage takes as much of as its time and memory allow,
+none, some or all of it recomputed; the first and the last segment lie where they must, segments of
+other kinds take time and no memory. The least time at which all of the model is taken is the bound.
+
+Of 1F1B and GPipe more is known (`costmodel.pipeline.least_passes`): a step takes so many times what
+one microbatch takes through all stages, so that seconds are shared out where they bring most: first
+to layers that keep their activations, then to those that recompute.
+
+Otherwise every rank has what those before it leave of the step: with virtual stages at
+least their first stages have worked, with halved backward passes the layers that later ranks cannot
+take have passed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..costmodel.overlap import overlap_cost_fraction
+from ..costmodel.pipeline import least_paces, least_passes
+from ..costmodel.steptime import accumulation_seconds, optimizer_step_seconds
+from ..ir.plan import Recompute, ScheduleName
+from .candidates import Candidate, placement_of
+from .footprint import Parameters, gathered_bytes, held_state, in_flight
+from .inner import Inner
+from .request import Request, repeated
+from .stages import PipelineFloor
+from .step import sync_seconds, transfer_seconds
+from .virtual_stages import layers_before
+
+Array = NDArray[np.float64]
+
+HALVED = ("zb-h1", "zb-v")
+"""Schedules whose backward passes come in halves."""
+_HALVINGS = 11
+"""Of the interval in which the bound lies, which is at first as wide as the bound itself."""
+
+
+def step_floor_seconds(through_s: float, candidate: Candidate, share: float) -> float:
+    """The least a step takes whose microbatches take `through_s` for the whole model, in stages of
+    any size; `share` is the forward's part of it.
+
+    Where backward passes are halved, only forwards pass through a stage before the next one works:
+    all terms `m·T_s + share·Σ_{i<s} T_i` are equal where the largest is least:
+    `share·T / (1 - (1 - share/m)^p)`. With virtual stages there is no such chain, and the work
+    alone is left.
+    """
+    m, pp = candidate.microbatches, candidate.pp
+    alone = max(m * through_s / pp, through_s)
+    if candidate.vpp > 1 or pp == 1:
+        return alone
+    if candidate.schedule in HALVED:
+        return max(alone, float(-share * through_s / np.expm1(pp * np.log1p(-share / m))))
+    return through_s * least_passes(pp, m, share)
+
+
+def floor_of(candidate: Candidate, forward_share: float, transfer_s: float) -> PipelineFloor:
+    """What bounds the schedule of a candidate with one stage on each rank."""
+    m, pp = candidate.microbatches, candidate.pp
+    if candidate.schedule in HALVED:
+        return PipelineFloor(m, 1.0, np.zeros(pp), forward_share)
+    rounds = 1 + (m - 1) // pp
+    return PipelineFloor(
+        m, least_passes(pp, m, forward_share), least_paces(pp, m, forward_share), 1.0,
+        2 * (pp - 1) * rounds * transfer_s,
+    )  # fmt: skip
+
+
+def variant_floors(
+    request: Request, options: Sequence[Candidate], inners: Sequence[Inner]
+) -> Array:
+    """A lower bound for each of `options`, which differ in schedule, ZeRO and its group alone;
+    `inners` are the insides of blocks as each pipeline rank has them. inf where memory is too
+    small for any cut."""
+    parts = {id(inner): _Load.of(request, options, inner) for inner in distinct_of(inners)}
+    loads = [parts[id(inner)] for inner in inners]
+    fluid = _Fluid(request, options, inners, loads)
+    # whatever the memory, all work has to be done
+    through = np.min([load.through_s[0] for load in parts.values()], axis=0)
+    low = np.array([
+        step_floor_seconds(float(seconds), each, fluid.forward_share)
+        for each, seconds in zip(options, through, strict=True)
+    ])  # fmt: skip
+    high = 2.5 * low
+    never = ~fluid.takes_all(np.full(len(options), np.inf))
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        enough = fluid.takes_all(middle)
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    return np.where(never, np.inf, low + fluid.afterwards_s)
+
+
+def afterwards_seconds(request: Request, candidate: Candidate, inner: Inner) -> float:
+    """The least that the optimizer takes on the rank that has most to update."""
+    held = Parameters.of(request, inner, 0, len(request.model.segments))
+    elements = held.sharded(candidate) / candidate.pp
+    return optimizer_step_seconds(inner.cluster.device, elements, request.precision)
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """A layer of the commonest block, and the ends of the model, on one kind of rank.
+
+    Arrays are [1 or ranks, variants]: seconds of a layer in each mode, its bytes of state, buffers
+    beside them, seconds and bytes of the first and of the last segment, seconds through the whole
+    model; seconds of ZeRO's communication of a layer and of the ends, which runs beside compute and
+    which a stage takes at least.
+    """
+
+    seconds: dict[Recompute, Array]
+    kept: dict[Recompute, Array]
+    state: Array
+    buffers: Array
+    ends_s: tuple[Array, Array]
+    ends_bytes: tuple[Array, Array]
+    ends_kept: tuple[Array, Array]
+    through_s: Array
+    waits: Array
+    ends_waits: tuple[Array, Array]
+    forward_share: Array
+
+    @property
+    def quickest(self) -> Array:
+        """Seconds of a layer in its fastest mode."""
+        return np.asarray(np.min(list(self.seconds.values()), axis=0))
+
+    @staticmethod
+    def stacked(loads: Sequence[_Load]) -> _Load:
+        """Those of ranks of several kinds, one row each."""
+
+        def rows(of: Callable[[_Load], Array]) -> Array:
+            return np.concatenate([of(load) for load in loads])
+
+        modes = list(loads[0].seconds)
+        return _Load(
+            {mode: rows(lambda load, m=mode: load.seconds[m]) for mode in modes},  # type: ignore[misc]
+            {mode: rows(lambda load, m=mode: load.kept[m]) for mode in modes},  # type: ignore[misc]
+            rows(lambda load: load.state),
+            rows(lambda load: load.buffers),
+            (rows(lambda load: load.ends_s[0]), rows(lambda load: load.ends_s[1])),
+            (rows(lambda load: load.ends_bytes[0]), rows(lambda load: load.ends_bytes[1])),
+            (rows(lambda load: load.ends_kept[0]), rows(lambda load: load.ends_kept[1])),
+            rows(lambda load: load.through_s),
+            rows(lambda load: load.waits),
+            (rows(lambda load: load.ends_waits[0]), rows(lambda load: load.ends_waits[1])),
+            rows(lambda load: load.forward_share),
+        )
+
+    @staticmethod
+    def of(request: Request, options: Sequence[Candidate], inner: Inner) -> _Load:
+        model = request.model
+        modes = list(dict.fromkeys(mode for _, mode in inner.costs))
+        if request.fix.recompute is not None:
+            modes = [mode for mode in modes if mode == request.fix.recompute]
+        counts = Counter(segment.block for segment in model.segments)
+        layer = commonest_block(request)
+        ends = model.segments[0].block, model.segments[-1].block
+        waits = _waits(request, options, inner)
+
+        ways = {(each.zero, each.zero_group): each for each in options}
+        way_of = [list(ways).index((each.zero, each.zero_group)) for each in options]
+
+        def per_way(of: Callable[[Candidate], float]) -> Array:
+            """What depends on how state is shared out alone."""
+            return np.array([of(each) for each in ways.values()], np.float64)[None, way_of]
+
+        def seconds(block: str, mode: Recompute) -> Array:
+            least = inner.costs[block, mode].seconds + added(block)
+            return np.asarray(least + overlap_cost_fraction() * waits[block])
+
+        def number(value: float) -> Array:
+            return np.full((1, 1), value)
+
+        def least(block: str) -> Array:
+            plain: list[Recompute] = ["none"]
+            every = [seconds(block, mode) for mode in (modes if block == layer else plain)]
+            return np.asarray(np.min(every, axis=0))
+
+        def added(block: str) -> float:
+            if options[0].microbatches == 1 or request.runtime.fused_accumulation:
+                return 0.0
+            return accumulation_seconds(
+                inner.cluster.device, sum(inner.local_parameters[block]), request.precision,
+                request.runtime.gradient_bytes,
+            )  # fmt: skip
+
+        def state(block: str) -> Array:
+            sizes = inner.parameters_of(model.blocks[block], block)
+            return per_way(lambda each: held_state(request, each, *sizes).total)
+
+        cost = inner.costs[layer, modes[0]]
+        return _Load(
+            {mode: seconds(layer, mode) for mode in modes},
+            {mode: number(inner.costs[layer, mode].memory.kept) for mode in modes},
+            state(layer),
+            per_way(lambda each: gathered_bytes(request, each, inner, [layer])),
+            (seconds(ends[0], "none"), seconds(ends[1], "none")),
+            (state(ends[0]), state(ends[1])),
+            (number(inner.costs[ends[0], "none"].memory.kept),
+             number(inner.costs[ends[1], "none"].memory.kept)),
+            np.maximum(
+                sum((n * least(b) for b, n in counts.items()), np.zeros((1, len(options)))),
+                sum((n * waits[b] for b, n in counts.items()), np.zeros((1, len(options)))),
+            ),
+            waits[layer],
+            (waits[ends[0]], waits[ends[1]]),
+            number(cost.forward.total_s / cost.seconds if cost.seconds else 1.0),
+        )  # fmt: skip
+
+
+def commonest_block(request: Request) -> str:
+    """The block that is called most often."""
+    counts = Counter(segment.block for segment in request.model.segments)
+    return counts.most_common(1)[0][0]
+
+
+def _waits(request: Request, options: Sequence[Candidate], inner: Inner) -> dict[str, Array]:
+    """Seconds of communication per microbatch of one call of every block, at the rate of the
+    largest message there could be: that of all parameters of the model at once."""
+    counts = Counter(segment.block for segment in request.model.segments)
+    sizes = {block: inner.parameters_of(request.model.blocks[block], block) for block in counts}
+    whole = [sum(counts[block] * sizes[block][kind] for block in counts) for kind in (0, 1)]
+    rates: dict[tuple[int, int], tuple[float, float]] = {}
+    for each in options:
+        if (key := (each.zero, each.zero_group)) not in rates:
+            dense, experts = (
+                sync_seconds(request, each, inner.cluster, *only).per_microbatch_s
+                for only in ((whole[0], 0), (0, whole[1]))
+            )
+            rates[key] = dense / max(1, whole[0]), experts / max(1, whole[1])
+    every = np.array([rates[each.zero, each.zero_group] for each in options])
+    return {block: (every @ np.array(sizes[block], np.float64))[None, :] for block in counts}
+
+
+class _Fluid:
+    """The relaxation, for all variants of a set of degrees at once: arrays [ranks, variants]."""
+
+    def __init__(
+        self,
+        request: Request,
+        options: Sequence[Candidate],
+        inners: Sequence[Inner],
+        loads: Sequence[_Load],
+    ) -> None:
+        head, distinct = options[0], distinct_of(inners)
+        self.m, self.pp = head.microbatches, head.pp
+        self.load = loads[0] if len(distinct) == 1 else _Load.stacked(loads)
+        self.virtual = np.array([each.vpp > 1 for each in options])
+        self.halved = np.array([each.schedule in HALVED for each in options])
+        self.forward_share = float(np.max(self.load.forward_share))
+        least_share = float(np.min(self.load.forward_share))
+        self.share = np.where(self.halved, least_share, 1.0)
+        plain = floor_of(replace(head, schedule="1f1b", vpp=1), self.forward_share, 0.0)
+        self.passes, self.paces = plain.passes, plain.paces[:, None]
+        schedules = {(each.schedule, each.vpp): each for each in options}
+        column = [list(schedules).index((each.schedule, each.vpp)) for each in options]
+        held = np.array([
+            [in_flight(each, rank) for rank in range(self.pp)] for each in schedules.values()
+        ])  # fmt: skip
+        self.in_flight = held.T[:, column]
+        layer, blocks = commonest_block(request), [s.block for s in request.model.segments]
+        self.wanted = float(blocks.count(layer))
+        ends = np.zeros((2, self.pp, len(options)))
+        ends[0, 0] = blocks[0] != layer
+        last = np.array([placement_of(each)[-1] for each in schedules.values()])[column]
+        ends[1, last, np.arange(len(options))] = blocks[-1] != layer
+        limits = [float(inner.cluster.device.memory_limit_bytes) for inner in inners]
+        self.room, self.other_s = np.array(limits)[:, None] - self.load.buffers, np.zeros(())
+        self.other_waits_s = np.zeros(())
+        for here, seconds, size, kept, waits in zip(
+            ends, self.load.ends_s, self.load.ends_bytes, self.load.ends_kept,
+            self.load.ends_waits, strict=True,
+        ):  # fmt: skip
+            self.room = self.room - here * (size + self.in_flight * kept)
+            self.other_s = self.other_s + here * seconds
+            self.other_waits_s = self.other_waits_s + here * waits
+        self.room = np.maximum(self.room, 0.0)
+        pipes = [transfer_seconds(request, head, inner.carried_bytes[layer]) for inner in distinct]
+        sent = 2 * min(pipes) * np.arange(self.pp) if self.pp > 1 else np.zeros(1)
+        self.before_s = self.share * self._reach(request, distinct, schedules)[:, column]
+        self.before_s = self.before_s + sent[:, None]
+        ways = {(each.zero, each.zero_group): each for each in options}
+        after = {
+            key: min(afterwards_seconds(request, each, inner) for inner in distinct)
+            for key, each in ways.items()
+        }
+        self.afterwards_s = np.array([after[each.zero, each.zero_group] for each in options])
+
+    def _reach(
+        self,
+        request: Request,
+        inners: Sequence[Inner],
+        schedules: Mapping[tuple[ScheduleName, int], Candidate],
+    ) -> Array:
+        """[ranks, schedules]: before a rank with virtual stages has something to do, the first
+        stages of the ranks before it have worked: each of one segment at least, and together of no
+        fewer layers than `virtual_stages` leaves them."""
+        layers, blocks = repeated(request.model), [s.block for s in request.model.segments]
+        least: dict[str, float] = {}
+        for inner in inners:
+            for (block, _), cost in inner.costs.items():
+                least[block] = min(least.get(block, cost.seconds), cost.seconds)
+        passed = np.append(0.0, np.cumsum([least[block] for block in blocks]))
+        found = np.zeros((self.pp, len(schedules)))
+        for column, (_, vpp) in enumerate(schedules):
+            for rank in range(1, self.pp) if vpp > 1 else ():
+                before = layers_before(layers.count, self.pp * vpp, rank)
+                found[rank, column] = passed[max(rank, layers.first * (before > 0) + before)]
+        return found
+
+    def takes_all(self, step_s: Array) -> NDArray[np.bool_]:
+        """Whether the stages of a step that takes so long can take all layers."""
+        kinds = self.virtual | self.halved
+        alone = self._alone(step_s) if kinds.any() else kinds
+        shared = self._shared(step_s) if not kinds.all() else kinds
+        found: NDArray[np.bool_] = np.where(kinds, alone, shared) >= self.wanted * (1 - 1e-9)
+        return found
+
+    def _alone(self, step_s: Array) -> Array:
+        """Layers that ranks can take, each in what those before it leave of the step: with virtual
+        stages that is known, otherwise they have at least the layers that those after it cannot
+        take."""
+        quickest = self.load.quickest
+        before: Array = np.zeros((1, len(step_s)))
+        for _ in range(3):
+            time = (step_s - self.before_s - np.where(self.virtual, 0.0, before)) / self.m
+            layers = _capacity(self.load, time - self.other_s, self.room, self.in_flight)[0]
+            whole = np.floor(np.minimum(layers, self._while_waiting(time)) + 1e-9)
+            after = np.cumsum(whole[::-1], axis=0)[::-1]
+            before = self.share * quickest * np.maximum(self.wanted - after, 0.0)
+        found: Array = whole.sum(axis=0)
+        return found
+
+    def _while_waiting(self, time: Array) -> Array:
+        """The most layers whose communication beside compute a stage can have in `time`."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            most = np.maximum(time - self.other_waits_s, 0.0) / self.load.waits
+        return np.where(self.load.waits > 0, most, np.inf)
+
+    def _shared(self, step_s: Array) -> Array:
+        """Layers that fit the seconds of all stages together, each with a pace of its own: first
+        those that are as fast as any, then as many as the rest of the seconds brings at best."""
+        spare = np.maximum(step_s - self.load.through_s.min(axis=0), 0.0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            pace = np.where(self.paces > 0, spare / self.paces, np.inf)
+            pace = np.minimum(pace, step_s / self.m)
+            layers, free, rate = _capacity(
+                self.load, pace - self.other_s, self.room, self.in_flight
+            )
+            layers = np.minimum(layers, self._while_waiting(pace))
+            free = np.minimum(free, layers)
+            total = step_s / self.passes - self.other_s.sum(axis=0)
+            left = np.maximum(total - (free * self.load.quickest).sum(axis=0), 0.0)
+            more = np.where(np.isfinite(left), left * rate.max(axis=0), np.inf)
+        most = np.floor(layers + 1e-9).sum(axis=0)
+        by_time = np.maximum(total, 0.0) / self.load.quickest.min(axis=0)
+        found: Array = np.minimum(np.minimum(free.sum(axis=0) + more, most), by_time)
+        return found
+
+
+def distinct_of(inners: Sequence[Inner]) -> list[Inner]:
+    """The different ones, in order."""
+    return list({id(inner): inner for inner in inners}.values())
+
+
+def _capacity(load: _Load, time: Array, room: Array, alive: Array) -> tuple[Array, Array, Array]:
+    """Of every stage: the most layers that it can take in `time` and `room`; how many layers fit
+    that are as fast as any; and the most layers that a second brings once these are taken."""
+    time = np.maximum(time, 0.0)
+    best, free, rate = (np.zeros(np.broadcast_shapes(time.shape, room.shape)) for _ in range(3))
+    modes, quickest = list(load.seconds), load.quickest
+    for at, cheap in enumerate(modes):
+        fast, full = load.seconds[cheap], load.state + alive * load.kept[cheap]
+        by_time, alone = time / fast, room / full
+        best = np.maximum(best, np.minimum(by_time, alone))
+        as_fast = fast <= quickest * (1 + 1e-12)
+        free = np.maximum(free, np.where(as_fast, alone, 0.0))
+        rate = np.maximum(rate, np.where(as_fast, 0.0, 1 / fast))
+        for dear in modes[at + 1 :]:
+            saved = alive * (load.kept[cheap] - load.kept[dear])
+            more = load.seconds[dear] - fast
+            if (saved <= 0).any() or (more < 0).any():
+                continue
+            slope = fast + full * more / saved
+            mixed = (time + room * more / saved) / slope
+            most = room / (load.state + alive * load.kept[dear])
+            best = np.maximum(best, np.minimum(np.minimum(by_time, mixed), most))
+            rate = np.maximum(rate, 1 / slope)
+    return best, free, rate
