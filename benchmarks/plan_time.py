@@ -35,6 +35,8 @@ class Case:
     limit_cpu_s: float | None
     limit_gb: float | None
     peer: str = ""
+    seq_len: int = 8192
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ def run(case: Case) -> Measured:
     """Plans in a process of its own."""
     command = [
         sys.executable, "-m", "shardwright", "plan", case.model, "--cluster", case.cluster,
-        "--global-batch", str(case.global_batch), "--seq-len", "8192", "--json",
+        "--global-batch", str(case.global_batch), "--seq-len", str(case.seq_len), "--json",
+        *case.options,
     ]  # fmt: skip
     read, write = os.pipe()
     child = os.fork()

@@ -1,6 +1,6 @@
-"""The search beside peers and bounds: mapping by measured links, replanning after a loss.
+"""The search beside peers and bounds: whole plans, mapping by measured links, replanning.
 
-    python benchmarks/search.py [--part mapping|replan]
+    python benchmarks/search.py [--part plans|mapping|replan]
 
 CPU seconds of this machine throughout.
 """
@@ -8,12 +8,17 @@ CPU seconds of this machine throughout.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
+from plan_time import Case, run, with_layers
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +31,77 @@ ANNEALING_S = 60.0
 """CPU seconds that simulated annealing gets, as a peer."""
 SHAPES = ((16, 1), (8, 2), (4, 4), (2, 8), (1, 16))
 """(pp, dp) over 16 nodes of 8 devices with tp=8 inside."""
+
+
+ANY = ("--backend", "any", "--top", "1")
+"""The whole space, and its best plan alone."""
+
+
+def plans(console: Console) -> None:
+    """Whole processes from the interpreter's start to the printed plan, tracing included."""
+    with TemporaryDirectory() as temporary:
+        deep = [with_layers("llama-3.1-8b", layers, Path(temporary)) for layers in (100, 1000)]
+        cases = [
+            Case("Llama-3.1-405B, 16,384 H100", "llama-3.1-405b", "h100-sxm:2048", 2048, 60, None,
+                 options=ANY),
+            Case("the same, that can be emitted", "llama-3.1-405b", "h100-sxm:2048", 2048, 60,
+                 None),
+            Case("Llama-3.1-405B, 8,192 H100", "llama-3.1-405b", "h100-sxm:1024", 8192, None, None,
+                 options=ANY),
+            Case("Llama-3.1-405B, 65,536 H100", "llama-3.1-405b", "h100-sxm:8192", 8192, None, None,
+                 options=ANY),
+            Case("GPT-3 175B, 1,024 A100", "gpt3-175b", "a100-80g:128", 1536, 20, None,
+                 seq_len=2048, options=ANY),
+            Case("DeepSeek-V3, 2,048 H100", "deepseek-v3", "h100-sxm:256", 8192, 60, None,
+                 seq_len=4096, options=ANY),
+            Case("8B dims, 100 layers, 1,024 H100", deep[0], "h100-sxm:128", 1024, None, None,
+                 options=ANY),
+            Case("8B dims, 1,000 layers, 1,024 H100", deep[1], "h100-sxm:128", 1024, None, None,
+                 options=ANY),
+            Case("Llama-2-7B, 8 A100", LLAMA_2_7B, "a100-40g:1", 64, 10, None,
+                 "Galvatron: 148 CPU s", 2048),
+        ]  # fmt: skip
+        table = Table("case", "CPU s", "limit", "GB", "plan", "step s", "MFU", "gap", "looked at",
+                      "peer", title="Plans")  # fmt: skip
+        for case in cases:
+            if case.model == LLAMA_2_7B:
+                case = replace(case, model=_config_file(Path(temporary)))
+            measured = run(case)
+            strategy, predicted, certificate = (
+                measured.plan[key] for key in ("strategy", "predicted", "certificate")
+            )
+            assert isinstance(strategy, dict) and isinstance(predicted, dict)
+            assert isinstance(certificate, dict)
+            shown = [
+                f"{k}={v}" for k, v in strategy.items()
+                if k in SHOWN and v not in (0, 1, "1f1b", "none")
+            ]  # fmt: skip
+            counted = [str(certificate[key]) for key in ("solved", "pruned", "infeasible")]
+            table.add_row(
+                case.title, f"{measured.cpu_s:.1f}",
+                "" if case.limit_cpu_s is None else f"{case.limit_cpu_s:g}",
+                f"{measured.peak_gb:.2f}", " ".join(shown), f"{predicted['step_seconds']:.3f}",
+                f"{predicted['mfu']:.1%}", f"{certificate['gap']:.1%}", " / ".join(counted),
+                case.peer,
+            )  # fmt: skip
+    console.print(table)
+
+
+SHOWN = ("pp", "vpp", "dp", "cp", "tp", "ep", "etp", "zero", "zero_group", "micro_batch",
+         "schedule", "recompute")  # fmt: skip
+LLAMA_2_7B = "llama-2-7b"
+"""Galvatron's case, which no preset has; its dimensions: Touvron et al. 2023, arXiv:2307.09288."""
+
+
+def _config_file(folder: Path) -> str:
+    path = folder / "config.json"
+    path.write_text(json.dumps({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
+        "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096,
+        "hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    }))  # fmt: skip
+    return str(path)
 
 
 def measured_links(nodes: int, seed: int, slow: float = 0.1, noise: float = 0.02) -> Array:
@@ -129,7 +205,7 @@ def replan(console: Console) -> None:
     console.print(table)
 
 
-PARTS = {"mapping": mapping, "replan": replan}
+PARTS = {"plans": plans, "mapping": mapping, "replan": replan}
 
 
 def main() -> None:
@@ -137,7 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--part", choices=sorted(PARTS), help="only this one")
     chosen = parser.parse_args().part
-    console = Console(width=150, highlight=False)
+    console = Console(width=190, highlight=False)
     for name, part in PARTS.items():
         if chosen in (None, name):
             part(console)

@@ -142,6 +142,23 @@ def least_paces(pp: int, microbatches: int, forward_share: float = FORWARD_SHARE
     return np.asarray(microbatches - 1 - forward_share * warm_up)
 
 
+def halved_paces(pp: int, microbatches: int, forward_share: float, weight_share: float) -> Array:
+    """[pp]: a step of ZB-H1 takes at least `(1 - weight_share)·ΣT` and so many times what stage s
+    takes, `weight_share` being the part of T that makes gradients of weights.
+
+    As `least_paces`, with whatever waits for no other stage left out: the first microbatch passes
+    all stages and its gradient comes back to stage s, whose last input gradient then passes the
+    stages below. Meanwhile stage s runs all its work but the forwards of its warm-up and the s
+    gradients of weights that it holds back (`ir.schedule_rows`). Equal stages reach it.
+    """
+    stages = np.arange(pp)
+    warm_up = np.minimum(microbatches - 1, pp - 1 - stages)
+    held_back = np.minimum(microbatches - 1, stages)
+    return np.asarray(
+        microbatches - 1 - forward_share * warm_up - weight_share * held_back, np.float64
+    )
+
+
 def pipeline_bound_seconds(
     stage_s: Sequence[float], p2p_s: Sequence[float], microbatches: int
 ) -> float:

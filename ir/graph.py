@@ -10,6 +10,7 @@ Everything here is immutable data without behaviour of a framework.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -226,6 +227,32 @@ class Model:
             if len(set(segment.parameters)) < len(segment.parameters):
                 again |= {name for name in segment.parameters if segment.parameters.count(name) > 1}
         return frozenset(again)
+
+    @cached_property
+    def counts(self) -> Mapping[str, int]:
+        """How often each block is called."""
+        return Counter(segment.block for segment in self.segments)
+
+    @cached_property
+    def layer_run(self) -> tuple[int, int]:
+        """(first, count) of the segments that count as layers: the stretch whose blocks occur more
+        than once (all segments if none does), with layers of another kind next to it."""
+        many = [i for i, s in enumerate(self.segments) if self.counts[s.block] > 1]
+        if not many:
+            return 0, len(self.segments)
+        first, last = many[0], many[-1]
+        while first > 0 and self._is_layer(first - 1):
+            first -= 1
+        while last + 1 < len(self.segments) and self._is_layer(last + 1):
+            last += 1
+        return first, last - first + 1
+
+    def _is_layer(self, segment: int) -> bool:
+        """Whether a segment hands on a value of the shape that it takes: a layer of another kind,
+        such as the dense one before those with experts."""
+        graph = self.blocks[self.segments[segment].block]
+        taken = [graph.values[name] for name in graph.inputs if graph.values[name].grad]
+        return bool(taken) and any(graph.values[n].dims == taken[0].dims for n in graph.outputs)
 
     def uses(self) -> dict[str, list[int]]:
         """Parameter name → the segments that use it (several for a tied parameter)."""

@@ -5,18 +5,16 @@ of the commonest block are a fluid that every stage takes as much of as its time
 none, some or all of it recomputed; the first and the last segment lie where they must, segments of
 other kinds take time and no memory. The least time at which all of the model is taken is the bound.
 
-Of 1F1B and GPipe more is known (`costmodel.pipeline.least_passes`): a step takes so many times what
-one microbatch takes through all stages, so that seconds are shared out where they bring most: first
-to layers that keep their activations, then to those that recompute.
+Of schedules with one stage on each rank more is known (`costmodel.pipeline`: `least_passes`,
+`least_paces`, `halved_paces`): a step takes so many times what one microbatch takes through all
+stages, so that seconds are shared out where they bring most: first to layers that keep their
+activations, then to those that recompute.
 
-Otherwise every rank has what those before it leave of the step: with virtual stages at
-least their first stages have worked, with halved backward passes the layers that later ranks cannot
-take have passed.
+Ranks with virtual stages have what the first stages of the ranks before them leave of the step.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..costmodel.overlap import overlap_cost_fraction
-from ..costmodel.pipeline import least_paces, least_passes
+from ..costmodel.pipeline import halved_paces, least_paces, least_passes
 from ..costmodel.steptime import accumulation_seconds, optimizer_step_seconds
 from ..ir.plan import Recompute, ScheduleName
 from .candidates import Candidate, placement_of
@@ -37,38 +35,50 @@ from .virtual_stages import layers_before
 
 Array = NDArray[np.float64]
 
-HALVED = ("zb-h1", "zb-v")
-"""Schedules whose backward passes come in halves."""
 _HALVINGS = 11
 """Of the interval in which the bound lies, which is at first as wide as the bound itself."""
 
 
-def step_floor_seconds(through_s: float, candidate: Candidate, share: float) -> float:
+def step_floor_seconds(through_s: float, candidate: Candidate, shares: Shares) -> float:
     """The least a step takes whose microbatches take `through_s` for the whole model, in stages of
-    any size; `share` is the forward's part of it.
-
-    Where backward passes are halved, only forwards pass through a stage before the next one works:
-    all terms `m·T_s + share·Σ_{i<s} T_i` are equal where the largest is least:
-    `share·T / (1 - (1 - share/m)^p)`. With virtual stages there is no such chain, and the work
-    alone is left.
-    """
+    any size. With virtual stages the work alone is left."""
     m, pp = candidate.microbatches, candidate.pp
     alone = max(m * through_s / pp, through_s)
     if candidate.vpp > 1 or pp == 1:
         return alone
-    if candidate.schedule in HALVED:
-        return max(alone, float(-share * through_s / np.expm1(pp * np.log1p(-share / m))))
-    return through_s * least_passes(pp, m, share)
+    return max(alone * (candidate.schedule == "zb-h1"),
+               through_s * floor_of(candidate, shares, 0.0).passes)  # fmt: skip
 
 
-def floor_of(candidate: Candidate, forward_share: float, transfer_s: float) -> PipelineFloor:
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """What of a layer's time its forward pass takes at most, and its gradients of weights."""
+
+    forward: float
+    weights: float
+
+    @staticmethod
+    def of(request: Request, inners: Sequence[Inner]) -> Shares:
+        """Those of the commonest block that keeps its activations."""
+        costs = [inner.costs[commonest_block(request), "none"] for inner in distinct_of(inners)]
+        return Shares(
+            max(cost.forward.total_s / cost.seconds for cost in costs),
+            max(cost.weights_s / cost.seconds for cost in costs),
+        )
+
+
+def floor_of(candidate: Candidate, shares: Shares, transfer_s: float) -> PipelineFloor:
     """What bounds the schedule of a candidate with one stage on each rank."""
     m, pp = candidate.microbatches, candidate.pp
-    if candidate.schedule in HALVED:
-        return PipelineFloor(m, 1.0, np.zeros(pp), forward_share)
+    if candidate.schedule == "zb-h1":
+        paces = halved_paces(pp, m, shares.forward, shares.weights)
+        passed = 1 - shares.weights
+        # ΣT is shared out so that all stages end together
+        passes = passed + (1 / np.sum(1 / paces) if (paces > 0).all() else 0.0)
+        return PipelineFloor(m, float(passes), paces, passed, 2 * (pp - 1) * transfer_s)
     rounds = 1 + (m - 1) // pp
     return PipelineFloor(
-        m, least_passes(pp, m, forward_share), least_paces(pp, m, forward_share), 1.0,
+        m, least_passes(pp, m, shares.forward), least_paces(pp, m, shares.forward), 1.0,
         2 * (pp - 1) * rounds * transfer_s,
     )  # fmt: skip
 
@@ -85,7 +95,7 @@ def variant_floors(
     # whatever the memory, all work has to be done
     through = np.min([load.through_s[0] for load in parts.values()], axis=0)
     low = np.array([
-        step_floor_seconds(float(seconds), each, fluid.forward_share)
+        step_floor_seconds(float(seconds), each, fluid.shares)
         for each, seconds in zip(options, through, strict=True)
     ])  # fmt: skip
     high = 2.5 * low
@@ -159,7 +169,7 @@ class _Load:
         modes = list(dict.fromkeys(mode for _, mode in inner.costs))
         if request.fix.recompute is not None:
             modes = [mode for mode in modes if mode == request.fix.recompute]
-        counts = Counter(segment.block for segment in model.segments)
+        counts = model.counts
         layer = commonest_block(request)
         ends = model.segments[0].block, model.segments[-1].block
         waits = _waits(request, options, inner)
@@ -217,14 +227,14 @@ class _Load:
 
 def commonest_block(request: Request) -> str:
     """The block that is called most often."""
-    counts = Counter(segment.block for segment in request.model.segments)
-    return counts.most_common(1)[0][0]
+    counts = request.model.counts
+    return max(counts, key=lambda block: counts[block])
 
 
 def _waits(request: Request, options: Sequence[Candidate], inner: Inner) -> dict[str, Array]:
     """Seconds of communication per microbatch of one call of every block, at the rate of the
     largest message there could be: that of all parameters of the model at once."""
-    counts = Counter(segment.block for segment in request.model.segments)
+    counts = request.model.counts
     sizes = {block: inner.parameters_of(request.model.blocks[block], block) for block in counts}
     whole = [sum(counts[block] * sizes[block][kind] for block in counts) for kind in (0, 1)]
     rates: dict[tuple[int, int], tuple[float, float]] = {}
@@ -253,12 +263,16 @@ class _Fluid:
         self.m, self.pp = head.microbatches, head.pp
         self.load = loads[0] if len(distinct) == 1 else _Load.stacked(loads)
         self.virtual = np.array([each.vpp > 1 for each in options])
-        self.halved = np.array([each.schedule in HALVED for each in options])
-        self.forward_share = float(np.max(self.load.forward_share))
-        least_share = float(np.min(self.load.forward_share))
-        self.share = np.where(self.halved, least_share, 1.0)
-        plain = floor_of(replace(head, schedule="1f1b", vpp=1), self.forward_share, 0.0)
-        self.passes, self.paces = plain.passes, plain.paces[:, None]
+        self.shares = Shares.of(request, inners)
+        plain = {
+            schedule: floor_of(replace(head, schedule=schedule, vpp=1), self.shares, 0.0)
+            for schedule in dict.fromkeys(each.schedule for each in options if each.vpp == 1)
+        }
+        one = plain.get("1f1b") or next(iter(plain.values()), floor_of(head, self.shares, 0.0))
+        floors = [plain.get(each.schedule, one) for each in options]
+        self.passes = np.array([floor.passes for floor in floors])
+        self.paces = np.array([floor.paces for floor in floors]).T
+        self.passed = np.array([floor.share for floor in floors])
         schedules = {(each.schedule, each.vpp): each for each in options}
         column = [list(schedules).index((each.schedule, each.vpp)) for each in options]
         held = np.array([
@@ -284,7 +298,9 @@ class _Fluid:
         self.room = np.maximum(self.room, 0.0)
         pipes = [transfer_seconds(request, head, inner.carried_bytes[layer]) for inner in distinct]
         sent = 2 * min(pipes) * np.arange(self.pp) if self.pp > 1 else np.zeros(1)
-        self.before_s = self.share * self._reach(request, distinct, schedules)[:, column]
+        reached = self._reach(request, distinct, schedules)[:, column]
+        halved = np.array([each.schedule == "zb-v" for each in options])
+        self.before_s = np.where(halved, self._forward_share(distinct, layer), 1.0) * reached
         self.before_s = self.before_s + sent[:, None]
         ways = {(each.zero, each.zero_group): each for each in options}
         after = {
@@ -292,6 +308,17 @@ class _Fluid:
             for key, each in ways.items()
         }
         self.afterwards_s = np.array([after[each.zero, each.zero_group] for each in options])
+
+    @staticmethod
+    def _forward_share(inners: Sequence[Inner], layer: str) -> float:
+        """The forward's part of a layer in whichever mode it is least: only forwards pass before a
+        rank of a schedule with halved backwards can work."""
+        return min(
+            cost.forward.total_s / cost.seconds
+            for inner in inners
+            for (block, _), cost in inner.costs.items()
+            if block == layer
+        )
 
     def _reach(
         self,
@@ -317,25 +344,18 @@ class _Fluid:
 
     def takes_all(self, step_s: Array) -> NDArray[np.bool_]:
         """Whether the stages of a step that takes so long can take all layers."""
-        kinds = self.virtual | self.halved
-        alone = self._alone(step_s) if kinds.any() else kinds
-        shared = self._shared(step_s) if not kinds.all() else kinds
-        found: NDArray[np.bool_] = np.where(kinds, alone, shared) >= self.wanted * (1 - 1e-9)
+        alone = self._alone(step_s) if self.virtual.any() else self.passes
+        shared = self._shared(step_s) if not self.virtual.all() else self.passes
+        layers = np.where(self.virtual, alone, shared)
+        found: NDArray[np.bool_] = layers >= self.wanted * (1 - 1e-9)
         return found
 
     def _alone(self, step_s: Array) -> Array:
-        """Layers that ranks can take, each in what those before it leave of the step: with virtual
-        stages that is known, otherwise they have at least the layers that those after it cannot
-        take."""
-        quickest = self.load.quickest
-        before: Array = np.zeros((1, len(step_s)))
-        for _ in range(3):
-            time = (step_s - self.before_s - np.where(self.virtual, 0.0, before)) / self.m
-            layers = _capacity(self.load, time - self.other_s, self.room, self.in_flight)[0]
-            whole = np.floor(np.minimum(layers, self._while_waiting(time)) + 1e-9)
-            after = np.cumsum(whole[::-1], axis=0)[::-1]
-            before = self.share * quickest * np.maximum(self.wanted - after, 0.0)
-        found: Array = whole.sum(axis=0)
+        """Layers that ranks with virtual stages can take, each in what the first stages of those
+        before it leave of the step."""
+        time = (step_s - self.before_s) / self.m
+        layers = _capacity(self.load, time - self.other_s, self.room, self.in_flight)[0]
+        found: Array = np.floor(np.minimum(layers, self._while_waiting(time)) + 1e-9).sum(axis=0)
         return found
 
     def _while_waiting(self, time: Array) -> Array:
@@ -347,7 +367,7 @@ class _Fluid:
     def _shared(self, step_s: Array) -> Array:
         """Layers that fit the seconds of all stages together, each with a pace of its own: first
         those that are as fast as any, then as many as the rest of the seconds brings at best."""
-        spare = np.maximum(step_s - self.load.through_s.min(axis=0), 0.0)
+        spare = np.maximum(step_s - self.passed * self.load.through_s.min(axis=0), 0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
             pace = np.where(self.paces > 0, spare / self.paces, np.inf)
             pace = np.minimum(pace, step_s / self.m)

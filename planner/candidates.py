@@ -144,7 +144,7 @@ def variants(request: Request, head: Candidate) -> list[Candidate]:
     """The schedules, and the ways to share state out, of one set of degrees."""
     return [
         replace(head, schedule=schedule, vpp=vpp, zero=zero, zero_group=group)
-        for schedule, vpp in _schedules(request, head)
+        for schedule, vpp in schedules(request, head)
         for zero, group in _zero_stages(request, head)
     ]
 
@@ -255,7 +255,7 @@ def _experts(
                 yield ep, etp
 
 
-def _schedules(request: Request, head: Candidate) -> Iterator[tuple[ScheduleName, int]]:
+def schedules(request: Request, head: Candidate) -> Iterator[tuple[ScheduleName, int]]:
     """Schedules with their virtual stages per rank that the layers and microbatches allow."""
     fix, layers = request.fix, repeated(request.model).count
     m, pp = head.microbatches, head.pp
@@ -272,14 +272,9 @@ def _schedules(request: Request, head: Candidate) -> Iterator[tuple[ScheduleName
             vpp > MOST_VIRTUAL_STAGES or m % max(1, m // pp)
         ):  # fmt: skip
             continue
-        if pinned_stages_given(request) and vpp > 1:
+        if vpp > 1 and any(pin.target == "stage" for pin in request.model.pins):
             continue
         yield schedule, vpp
-
-
-def pinned_stages_given(request: Request) -> bool:
-    """Whether layers are pinned to stages, which are then those of ranks."""
-    return any(stage is not None for stage in pinned_stages(request.model))
 
 
 def _zero_stages(request: Request, head: Candidate) -> Iterator[tuple[int, int]]:

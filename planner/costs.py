@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
 from ..costmodel.cluster import Cluster
 from ..costmodel.collectives import Group, collective_seconds
 from ..costmodel.kernels import Kernels
+from ..costmodel.liveness import BlockBytes, block_bytes
 from ..costmodel.overlap import exposed_seconds
 from ..costmodel.precision import Precision
 from ..costmodel.runtime import Runtime
@@ -24,7 +25,7 @@ from ..ir.from_dims.experts import SLOTS
 from ..ir.graph import Binding, Dims, Dtype, Graph, Op, Value, bind
 from ..ir.mesh import Axis, Mesh
 from ..ir.optable import TABLE
-from ..ir.plan import Recompute
+from ..ir.plan import Annotation, Recompute
 from ..ir.rule import FactorName
 from ..ir.types import NdType
 from .candidates import Candidate
@@ -53,6 +54,16 @@ class PassWork:
         return self.forward.total_s + self.again.total_s + self.backward.total_s
 
 
+@dataclass(slots=True)
+class BlockWork:
+    """The passes of one call of a block, all its ops and conversions together."""
+
+    forward: Work = field(default_factory=Work)
+    again: Work = field(default_factory=Work)
+    backward: Work = field(default_factory=Work)
+    weights_s: float = 0.0
+
+
 _NOTHING = Work()
 
 
@@ -75,6 +86,8 @@ class _Known:
     moves: dict[_Move, tuple[Work, Work]] = field(default_factory=dict)
     seconds: dict[tuple[Recompute, _Move], float] = field(default_factory=dict)
     collectives: dict[tuple[Collective, str, int], float] = field(default_factory=dict)
+    memory: dict[tuple[str, Recompute], tuple[Annotation, BlockBytes]] = field(default_factory=dict)
+    blocks: dict[Hashable, tuple[Annotation, BlockWork]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -128,6 +141,33 @@ class ModelCosts:
         other = replace(self, candidate=candidate)
         other._known = self._known
         return other
+
+    def memory(self, block: str, types: Annotation) -> BlockBytes:
+        """Activations of a block under given types, under this recomputation. Expert and context
+        parallelism leave them as they are: slots are shared out over tensor ranks alone."""
+        key, known = (block, self.recompute), self._known.memory
+        if key not in known or known[key][0] is not types:
+            slot_shards = None if self.candidate is None else self.candidate.tp
+            known[key] = types, block_bytes(
+                self.graphs[block], types, self.mesh, self.binding, self.precision,
+                self.recompute, self.runtime, slot_shards,
+            )  # fmt: skip
+        return known[key][1]
+
+    def block(
+        self, block: str, types: Annotation, work: Callable[[Annotation], BlockWork]
+    ) -> BlockWork:
+        """`work(types)`, unless the block has been added up before for as good as the same."""
+        key: tuple[Hashable, ...] = (block, self.recompute)
+        if (beside := self.candidate) is not None:
+            if any(TABLE[op.kind].work == "attention" for op in self.graphs[block].ops):
+                key += (beside.cp, beside.ulysses)
+            if self.expert_part(block).ops:
+                key += (beside.ep, beside.etp)
+        known = self._known.blocks
+        if key not in known or known[key][0] is not types:
+            known[key] = types, work(types)
+        return known[key][1]
 
     def op(self, block: str, op: Op, signature: NdSignature) -> float:
         return self.op_work(block, op, signature).total_s

@@ -50,7 +50,9 @@ class Parameters:
         """Those of segments first ... last-1."""
         model, dense, experts = request.model, 0, 0
         tied: dict[str, tuple[int, bool]] = {}
-        for block, count in Counter(s.block for s in model.segments[first:last]).items():
+        whole = (first, last) == (0, len(model.segments))
+        counts = model.counts if whole else Counter(s.block for s in model.segments[first:last])
+        for block, count in counts.items():
             each = inner.parameters_of(model.blocks[block], block)
             dense, experts = dense + count * each[0], experts + count * each[1]
         for segment in model.segments[first:last] if model.tied else ():

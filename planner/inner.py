@@ -7,7 +7,8 @@ mode the seconds and bytes of one microbatch on one rank, and the types that mak
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from math import gcd, prod
 
@@ -22,7 +23,7 @@ from ..ir.optable import TABLE
 from ..ir.plan import Annotation, OpTypes, Recompute
 from ..ir.types import AxisType, NdType
 from .chain import Chain
-from .costs import ModelCosts
+from .costs import BlockWork, ModelCosts
 from .linear_program import Solver
 from .sbp_program import SbpProgram, Typing
 from .signatures import NdSignature, is_view
@@ -187,32 +188,23 @@ def price_blocks(
     measured = costs.cluster.device.host_s_per_call
     for mode in modes:
         pricing = costs.variant(recompute=mode)
-        for block, graph in chain.blocks.items():
-            passes = block_work(chain, block, annotations[block], pricing)
-            passes.backward.add(passes.again)
+        for block in chain.blocks:
+            passes = pricing.block(
+                block, annotations[block], partial(block_work, chain, block, costs=pricing)
+            )
+            backward = Work()
+            backward.add(passes.backward)
+            backward.add(passes.again)
             if mode != "none":
-                passes.backward.calls += costs.runtime.calls_per_checkpoint
-            memory = block_bytes(
-                graph, annotations[block], costs.mesh, costs.binding, costs.precision, mode,
-                costs.runtime, None if costs.candidate is None else costs.candidate.tp,
-            )  # fmt: skip
+                backward.calls += costs.runtime.calls_per_checkpoint
+            memory = pricing.memory(block, annotations[block])
             found[block, mode] = BlockCost(
                 passes.forward.with_overlap(costs.runtime).with_host(costs.runtime, measured),
-                passes.backward.with_overlap(costs.runtime).with_host(costs.runtime, measured),
+                backward.with_overlap(costs.runtime).with_host(costs.runtime, measured),
                 passes.weights_s,
                 memory,
             )
     return found
-
-
-@dataclass(slots=True)
-class BlockWork:
-    """The passes of one call of a block, all its ops and conversions together."""
-
-    forward: Work = field(default_factory=Work)
-    again: Work = field(default_factory=Work)
-    backward: Work = field(default_factory=Work)
-    weights_s: float = 0.0
 
 
 def block_work(chain: Chain, block: str, types: Annotation, costs: ModelCosts) -> BlockWork:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -72,7 +71,7 @@ class Request:
     def _flops(self, others: int) -> float:
         binding = expert_binding(self.model, {"b": 1, "s": self.workload.seq_len})
         total = 0.0
-        for block, count in Counter(s.block for s in self.model.segments).items():
+        for block, count in self.model.counts.items():
             graph = self.model.blocks[block]
             for op in graph.ops:
                 passes = others
@@ -167,28 +166,8 @@ class Layers:
 
 
 def repeated(model: Model) -> Layers:
-    """The stretch of segments whose blocks occur more than once (all segments if none does), with
-    layers of another kind next to it."""
-    counts: dict[str, int] = {}
-    for segment in model.segments:
-        counts[segment.block] = counts.get(segment.block, 0) + 1
-    many = [i for i, s in enumerate(model.segments) if counts[s.block] > 1]
-    if not many:
-        return Layers(0, len(model.segments))
-    first, last = many[0], many[-1]
-    while first > 0 and _is_layer(model, first - 1):
-        first -= 1
-    while last + 1 < len(model.segments) and _is_layer(model, last + 1):
-        last += 1
-    return Layers(first, last - first + 1)
-
-
-def _is_layer(model: Model, segment: int) -> bool:
-    """Whether a segment hands on a value of the shape that it takes: a layer of another kind, such
-    as the dense one before those with experts."""
-    graph = model.blocks[model.segments[segment].block]
-    taken = [graph.values[name] for name in graph.inputs if graph.values[name].grad]
-    return bool(taken) and any(graph.values[name].dims == taken[0].dims for name in graph.outputs)
+    """The segments that count as layers (`Model.layer_run`)."""
+    return Layers(*model.layer_run)
 
 
 def bounds_of(model: Model, layers_per_stage: tuple[int, ...]) -> tuple[int, ...]:

@@ -28,8 +28,8 @@ from ..ir.mesh import Mesh
 from ..ir.plan import NodeMapping
 from .alike import Alike
 from .bounds import (
+    Shares,
     afterwards_seconds,
-    commonest_block,
     distinct_of,
     floor_of,
     step_floor_seconds,
@@ -40,6 +40,7 @@ from .candidates import (
     heads,
     most_devices,
     placement_of,
+    schedules,
     unemittable,
     variants,
 )
@@ -62,6 +63,8 @@ MOST_MAPPED_NODES = 16
 """Nodes up to which every finalist is mapped; on more only the best one, the others in order."""
 _MOST_NODES = 4096
 """Nodes of the largest cluster that an error looks at for one that fits."""
+ESTIMATE_ERROR = 0.02
+"""Of the estimate of schedules with virtual stages, at most (`benchmarks/schedules.py`)."""
 _TIGHTER = 0.98
 """Of the memory limit: what stages are cut for again where their buffers did not fit."""
 _TRIES = 4
@@ -157,8 +160,7 @@ class Search:
         """
         began = time.process_time()
         every = heads(self.request)
-        if not self.anything:
-            every = [head for head in every if unemittable(head) is None]
+        every = [head for head in every if self._counts(head)]
         self._heads = len(every)
         order = count()
         queue: list[tuple[float, int, int, Candidate, Outcome | None]] = [
@@ -246,11 +248,12 @@ class Search:
         inners = self.inners(head)
         if inners is None:
             return []
-        through = min(self._through(inner) for inner in inners)
-        floors = [
-            step_floor_seconds(through, each, self._share(inners))
-            for each in {(v.schedule, v.vpp): v for v in self._allowed(head)}.values()
+        through = min(self._through(inner) for inner in distinct_of(inners))
+        shares = Shares.of(self.request, inners)
+        each = [
+            replace(head, schedule=name, vpp=vpp) for name, vpp in schedules(self.request, head)
         ]
+        floors = [step_floor_seconds(through, one, shares) for one in each if self._counts(one)]
         return [(max(bound, min(floors)), 1, head, None)] if floors else []
 
     def _varied(
@@ -278,7 +281,11 @@ class Search:
 
     def _allowed(self, head: Candidate) -> list[Candidate]:
         every = variants(self.request, head)
-        return every if self.anything else [each for each in every if unemittable(each) is None]
+        return [each for each in every if self._counts(each)]
+
+    def _counts(self, candidate: Candidate) -> bool:
+        """Whether a candidate is one of those that the search is for."""
+        return self.anything or unemittable(candidate) is None
 
     def _check_refused(self, every: Sequence[Candidate]) -> None:
         """Raises Infeasible, naming the pin, where pins on types hold at no tp that splits: with
@@ -315,20 +322,14 @@ class Search:
         if self.anything or candidate.pp == 1:
             return step
         through = step * candidate.pp / candidate.microbatches
-        return step_floor_seconds(through, candidate, 1.0)
+        return step_floor_seconds(through, candidate, Shares(1.0, 0.0))
 
     def _through(self, inner: Inner) -> float:
         """The least seconds of a microbatch through the whole model."""
         least: dict[str, float] = {}
         for (block, _), cost in inner.costs.items():
             least[block] = min(least.get(block, float("inf")), cost.seconds)
-        return sum(least[segment.block] for segment in self.request.model.segments)
-
-    def _share(self, inners: Sequence[Inner]) -> float:
-        """The forward's part of what a layer takes, at most."""
-        layer = commonest_block(self.request)
-        costs = [inner.costs[layer, "none"] for inner in distinct_of(inners)]
-        return max(cost.forward.total_s / cost.seconds for cost in costs)
+        return sum(count * least[block] for block, count in self.request.model.counts.items())
 
     # --- one candidate ---------------------------------------------------------------------------
 
@@ -385,9 +386,10 @@ class Search:
         return cut if isinstance(cut, Shortfall) else self._layers_only(cut)
 
     def _floor(self, candidate: Candidate, inners: Sequence[Inner], worth_s: float) -> float:
-        """What no cut of a candidate can beat, whatever it recomputes."""
+        """What no cut of a candidate can beat, whatever it recomputes. With virtual stages the
+        balanced cut is part of the candidate, and the estimate is all that is between."""
         if candidate.vpp > 1:
-            return 0.0
+            return (1 - ESTIMATE_ERROR) * worth_s
         after = min(
             afterwards_seconds(self.request, candidate, inner) for inner in distinct_of(inners)
         )
@@ -395,7 +397,7 @@ class Search:
         transfer = transfer_seconds(self.request, candidate, carried) if candidate.pp > 1 else 0.0
         floor = pipeline_floor_seconds(
             self._ranks(candidate), self.alike,
-            floor_of(candidate, self._share(inners), transfer), worth_s,
+            floor_of(candidate, Shares.of(self.request, inners), transfer), worth_s,
         )  # fmt: skip
         return min(floor + after, worth_s)
 
@@ -475,6 +477,7 @@ class Search:
             time=dict(price.time),
             memory=price.memory,
             mapping=mapping,
+            floor_seconds=price.seconds if candidate.vpp > 1 else outcome.floor_seconds,
         )
 
     # --- messages --------------------------------------------------------------------------------

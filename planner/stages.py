@@ -132,9 +132,8 @@ def least_seconds(ranks: Sequence[Rank], alike: Alike, floor: bool = False) -> l
 class PipelineFloor:
     """What a schedule takes at least, by the seconds `T_s` of its stages for a microbatch.
 
-    `passes·ΣT + sent_s`, and `ΣT + paces[s]·T_s` for every stage, and the design's bound
-    `m·T_s + share·Σ_{i<s} T_i`: `share` of what stages before take passes before a stage can work,
-    and after.
+    `passes·ΣT + sent_s`, and for every stage `share·ΣT + paces[s]·T_s` and `m·T_s`; where backwards
+    are whole (`share` is 1) the design's bound, `m·T_s + Σ_{i<s} T_i`.
     """
 
     microbatches: int
@@ -226,7 +225,7 @@ class _Chain:
     def within(self, step_s: float, floor: PipelineFloor, least_s: float) -> bool:
         """Whether stages of some cut keep a step of `step_s`; `least_s` is what all stages take
         together at least. Of all ways to a bound the one that has passed least is kept."""
-        m, spare = floor.microbatches, max(0.0, step_s - least_s)
+        m, spare = floor.microbatches, max(0.0, step_s - floor.share * least_s)
         with np.errstate(divide="ignore", invalid="ignore"):
             paces = np.minimum(step_s / m, np.where(floor.paces > 0, spare / floor.paces, np.inf))
         times = [np.where(t <= pace * _SAME, t, np.inf)
@@ -240,7 +239,7 @@ class _Chain:
             rows = slice(low[s], high[s] + 1)
             took = each[self.alike.index[rows, low[s + 1] : high[s + 1] + 1]]
             reached = passed[:, None] + took
-            ends = m * took + floor.share * passed[:, None]
+            ends = m * took + passed[:, None] if floor.share == 1.0 else m * took
             reached[ends > step_s * _SAME] = np.inf
             passed = reached.min(axis=0)
         return bool(floor.passes * passed[-1] + floor.sent_s <= step_s * _SAME)

@@ -245,5 +245,7 @@ def _parameters(
 
 def _like(name: str, like: Mapping[str, str]) -> str:
     """The parameter of the traced module that the one of this name is like."""
-    unit = next(unit for unit in like if name.startswith(unit + "."))
+    unit = name
+    while unit not in like:
+        unit = unit.rpartition(".")[0]
     return like[unit] + name.removeprefix(unit)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -92,6 +93,7 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype, Pin))
 
 
+@lru_cache(maxsize=4096)
 def _is_index(name: str) -> bool:
     """Attributes that number a layer: alike layers differ in them."""
     lower = name.lower()
