@@ -1,6 +1,6 @@
 """The search beside peers and bounds: whole plans, mapping by measured links, replanning.
 
-    python benchmarks/search.py [--part plans|mapping|replan]
+    python benchmarks/search.py [--part plans|exact|islands|mapping|replan]
 
 CPU seconds of this machine throughout.
 """
@@ -11,18 +11,19 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from exhaustive import best_of_all, instance
 from numpy.typing import NDArray
 from plan_time import Case, run, with_layers
 from rich.console import Console
 from rich.table import Table
 
 import shardwright as sw
+from shardwright.planner import Search
 from shardwright.planner.mapping import Flow, flow_seconds, map_places
 
 Array = NDArray[np.float64]
@@ -58,14 +59,12 @@ def plans(console: Console) -> None:
                  options=ANY),
             Case("8B dims, 1,000 layers, 1,024 H100", deep[1], "h100-sxm:128", 1024, None, None,
                  options=ANY),
-            Case("Llama-2-7B, 8 A100", LLAMA_2_7B, "a100-40g:1", 64, 10, None,
-                 "Galvatron: 148 CPU s", 2048),
+            Case("Llama-2-7B, 8 A100", _config_file(Path(temporary), LLAMA_2_7B), "a100-40g:1",
+                 64, 10, None, "Galvatron: 148 CPU s", 2048),
         ]  # fmt: skip
         table = Table("case", "CPU s", "limit", "GB", "plan", "step s", "MFU", "gap", "looked at",
                       "peer", title="Plans")  # fmt: skip
         for case in cases:
-            if case.model == LLAMA_2_7B:
-                case = replace(case, model=_config_file(Path(temporary)))
             measured = run(case)
             strategy, predicted, certificate = (
                 measured.plan[key] for key in ("strategy", "predicted", "certificate")
@@ -89,19 +88,102 @@ def plans(console: Console) -> None:
 
 SHOWN = ("pp", "vpp", "dp", "cp", "tp", "ep", "etp", "zero", "zero_group", "micro_batch",
          "schedule", "recompute")  # fmt: skip
-LLAMA_2_7B = "llama-2-7b"
+LLAMA_2_7B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
+    "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096,
+    "hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+}  # fmt: skip
 """Galvatron's case, which no preset has; its dimensions: Touvron et al. 2023, arXiv:2307.09288."""
 
 
-def _config_file(folder: Path) -> str:
+def _config_file(folder: Path, config: dict[str, object]) -> str:
     path = folder / "config.json"
-    path.write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
-        "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096,
-        "hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-    }))  # fmt: skip
+    path.write_text(json.dumps(config))
     return str(path)
+
+
+def exact(console: Console) -> None:
+    """Random small problems against all their plans, one by one."""
+    worst, equal, refused, priced, began = 0.0, 0, 0, 0, time.process_time()
+    searched = 0.0
+    for seed in range(INSTANCES):
+        request = instance(seed)
+        best = best_of_all(request)
+        priced += best.cuts
+        started = time.process_time()
+        try:
+            found = Search(request, anything=True).run(top=1)
+        except sw.Infeasible:
+            refused += 1
+            if best.candidate is not None:
+                console.print(f"instance {seed}: called infeasible, but {best.candidate.key} fits")
+            continue
+        finally:
+            searched += time.process_time() - started
+        excess = found.outcomes[0].seconds / best.seconds - 1
+        worst, equal = max(worst, excess), equal + (abs(excess) < 1e-9)
+        if found.bound_seconds > best.seconds * (1 + 1e-9):
+            console.print(f"instance {seed}: the bound is above the best plan")
+    console.print(
+        f"{INSTANCES} random small problems, {priced:,} cuts priced one by one: {equal} equal, "
+        f"{refused} infeasible in both, worst excess {worst:.1e}; search "
+        f"{searched:.0f} of {time.process_time() - began:.0f} CPU s"
+    )
+
+
+INSTANCES = 60
+
+
+def islands(console: Console) -> None:
+    """Holmes: islands joined by Ethernet alone, and islands of other devices."""
+    work = sw.Workload(256, 2048)
+    with TemporaryDirectory() as temporary:
+        model = sw.trace(_config_file(Path(temporary), GPT_3_6B))
+    base = sw.Cluster.preset("a100-80g", nodes=4)
+
+    def where(rate: float, **changes: object) -> sw.Cluster:
+        levels = [level.model_dump() for level in base.levels]
+        levels[-1]["bandwidth_bytes_per_s"] = rate
+        return sw.Cluster(**{**base.model_dump(), "curves": (), "levels": levels, **changes})
+
+    outer = {"name": base.levels[-1].name, "bandwidth_bytes_per_s": ROCE}
+    halves = [{"name": "infiniband", "nodes": 2}, {"name": "roce", "nodes": 2, "levels": [outer]}]
+    joint = [{"islands": ("infiniband", "roce"), "bandwidth_bytes_per_s": ETHERNET}]
+    old = [{"name": "new", "nodes": 2}, {"name": "old", "nodes": 2, "device": "v100"}]
+    half = sw.Workload(256, 2048, precision="fp16")
+    cases = [
+        ("(a) all InfiniBand", where(INFINIBAND), work, ""),
+        ("(b) all RoCE", where(ROCE), work, ""),
+        ("(c) all Ethernet", where(ETHERNET), work, ""),
+        ("(d) InfiniBand + RoCE, Ethernet between", where(INFINIBAND, islands=halves, pairs=joint),
+         work, ""),
+        ("A100 + V100, fp16", where(INFINIBAND, islands=old), half, ""),
+        ("the same, pp=2", where(INFINIBAND, islands=old), half, "pp=2"),
+        ("the same, even stages", where(INFINIBAND, islands=old), half, "pp=2,stages=15-15"),
+        ("the same, no pipeline", where(INFINIBAND, islands=old), half, "pp=1"),
+    ]  # fmt: skip
+    table = Table("cluster", "plan", "layers", "step s", "gap", "CPU s",
+                  title="GPT 3.6B on 4 nodes of 8, batch 256 x 2,048")  # fmt: skip
+    for name, cluster, what, fix in cases:
+        began = time.process_time()
+        plan = sw.plan(model, cluster, what, fix=fix, top=1)
+        table.add_row(
+            name, str(plan.strategy), "-".join(map(str, plan.strategy.layers)),
+            f"{plan.predicted.step_seconds:.3f}", f"{plan.certificate.gap:.1%}",
+            f"{time.process_time() - began:.1f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+INFINIBAND, ROCE, ETHERNET = 25e9, 20e9, 0.4e9
+"""Bytes per second and device: 200 Gb/s each, less over RoCE; 25 Gb/s for a node."""
+GPT_3_6B = {
+    "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 3072, "n_layer": 30,
+    "n_head": 32, "n_positions": 2048, "vocab_size": 51200, "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+}  # fmt: skip
+"""Holmes's smallest model (Yang et al. 2023, arXiv:2312.03549, table 2)."""
 
 
 def measured_links(nodes: int, seed: int, slow: float = 0.1, noise: float = 0.02) -> Array:
@@ -205,7 +287,7 @@ def replan(console: Console) -> None:
     console.print(table)
 
 
-PARTS = {"plans": plans, "mapping": mapping, "replan": replan}
+PARTS = {"plans": plans, "exact": exact, "islands": islands, "mapping": mapping, "replan": replan}
 
 
 def main() -> None:

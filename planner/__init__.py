@@ -9,10 +9,12 @@ inner, insides   all blocks on one tensor mesh, solved and priced; those that a 
 alike            sorts of intervals of a chain, of which there are few
 stages           cutting the chain of segments into stages
 virtual_stages   the same where ranks have several
+every_cut        the same exactly, for small chains whose memory binds
 candidates       configurations to look at
 bounds           what no cut of a configuration can beat
 search           best first over configurations, with bounds
 request, fix     what is asked for, what is fixed, pins
+sites            the parts of a cluster that pipeline ranks lie on
 mapping          which node takes which place of a job
 traffic          what a configuration sends between nodes
 step             the price of a step: stages, schedule, what happens once, memory

@@ -46,40 +46,52 @@ def step_floor_seconds(through_s: float, candidate: Candidate, shares: Shares) -
     alone = max(m * through_s / pp, through_s)
     if candidate.vpp > 1 or pp == 1:
         return alone
-    return max(alone * (candidate.schedule == "zb-h1"),
-               through_s * floor_of(candidate, shares, 0.0).passes)  # fmt: skip
+    passes = floor_of(candidate, shares, 0.0).passes
+    return max(alone, through_s * passes - pp * shares.excess_s)
 
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """What of a layer's time its forward pass takes at most, and its gradients of weights."""
+    """What of a layer's time its forward pass takes at most, and its gradients of weights. Other
+    segments may take more for these: `excess_s` together, at most."""
 
     forward: float
     weights: float
+    excess_s: float = 0.0
 
     @staticmethod
     def of(request: Request, inners: Sequence[Inner]) -> Shares:
         """Those of the commonest block that keeps its activations."""
-        costs = [inner.costs[commonest_block(request), "none"] for inner in distinct_of(inners)]
-        return Shares(
-            max(cost.forward.total_s / cost.seconds for cost in costs),
-            max(cost.weights_s / cost.seconds for cost in costs),
-        )
+        layer, kinds = commonest_block(request), distinct_of(inners)
+        costs = [inner.costs[layer, "none"] for inner in kinds]
+        forward = max(cost.forward.total_s / cost.seconds for cost in costs)
+        weights = max(cost.weights_s / cost.seconds for cost in costs)
+        excess = 0.0
+        for block, count in request.model.counts.items():
+            more = [
+                max(0.0, cost.forward.total_s - forward * cost.seconds)
+                + max(0.0, cost.weights_s - weights * cost.seconds)
+                for cost in (inner.costs[block, "none"] for inner in kinds)
+            ]
+            excess += count * max(more) * (block != layer)
+        return Shares(forward, weights, excess)
 
 
 def floor_of(candidate: Candidate, shares: Shares, transfer_s: float) -> PipelineFloor:
     """What bounds the schedule of a candidate with one stage on each rank."""
     m, pp = candidate.microbatches, candidate.pp
+    excess = pp * shares.excess_s * (pp > 1)
     if candidate.schedule == "zb-h1":
         paces = halved_paces(pp, m, shares.forward, shares.weights)
         passed = 1 - shares.weights
         # ΣT is shared out so that all stages end together
         passes = passed + (1 / np.sum(1 / paces) if (paces > 0).all() else 0.0)
-        return PipelineFloor(m, float(passes), paces, passed, 2 * (pp - 1) * transfer_s)
+        sent = 2 * (pp - 1) * transfer_s
+        return PipelineFloor(m, float(passes), paces, passed, sent, excess)
     rounds = 1 + (m - 1) // pp
     return PipelineFloor(
         m, least_passes(pp, m, shares.forward), least_paces(pp, m, shares.forward), 1.0,
-        2 * (pp - 1) * rounds * transfer_s,
+        2 * (pp - 1) * rounds * transfer_s, excess,
     )  # fmt: skip
 
 
@@ -104,7 +116,7 @@ def variant_floors(
         middle = (low + high) / 2
         enough = fluid.takes_all(middle)
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
-    return np.where(never, np.inf, low + fluid.afterwards_s)
+    return np.where(never, np.inf, low - fluid.excess_s + fluid.afterwards_s)
 
 
 def afterwards_seconds(request: Request, candidate: Candidate, inner: Inner) -> float:
@@ -264,6 +276,7 @@ class _Fluid:
         self.load = loads[0] if len(distinct) == 1 else _Load.stacked(loads)
         self.virtual = np.array([each.vpp > 1 for each in options])
         self.shares = Shares.of(request, inners)
+        self.excess_s = self.pp * self.shares.excess_s * (self.pp > 1) * ~self.virtual
         plain = {
             schedule: floor_of(replace(head, schedule=schedule, vpp=1), self.shares, 0.0)
             for schedule in dict.fromkeys(each.schedule for each in options if each.vpp == 1)

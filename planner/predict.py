@@ -27,6 +27,7 @@ from .inner import Inner, chosen_types, inner_of, splits_anything, sub_axes
 from .report import prediction_text, stored
 from .request import Request, bounds_of, pinned_types, repeated
 from .sbp_program import solve
+from .sites import Sites
 from .step import price_step
 from .traffic import in_order
 
@@ -136,7 +137,9 @@ def predict(request: Request) -> Prediction:
     """
     candidate = candidate_of(request)
     request.check()
-    inner = _inner(request, candidate)
+    views = Sites.of(request.hardware or request.cluster, request.cluster).views(candidate)
+    known = {id(view): _inner(request, candidate, view) for view in views}
+    inners = [known[id(view)] for view in views]
     bounds = _bounds(request, candidate)
     layers = repeated(request.model)
     mode = _mode(request.fix)
@@ -144,8 +147,7 @@ def predict(request: Request) -> Prediction:
         ["none" if i not in layers else mode for i in range(first, last)]
         for first, last in pairwise(bounds)
     ]
-    slowdown = in_order(request.cluster, candidate)
-    inners = [inner] * candidate.pp
+    slowdown = in_order(request.cluster, candidate, views)
     price = price_step(request, candidate, inners, bounds, modes, slowdown=slowdown)
     work, cluster = request.workload, request.cluster
     seconds = price.seconds
@@ -178,7 +180,7 @@ def predict(request: Request) -> Prediction:
         price.memory,
         request.limit_bytes,
         request.model,
-        inner.annotations,
+        inners[0].annotations,
         tuple(bounds),
     )
 
@@ -291,8 +293,8 @@ def _bounds(request: Request, candidate: Candidate) -> tuple[int, ...]:
     return bounds_of(request.model, tuple(counts))
 
 
-def _inner(request: Request, candidate: Candidate) -> Inner:
-    """Blocks with types and prices."""
+def _inner(request: Request, candidate: Candidate, view: Cluster) -> Inner:
+    """Blocks with types, and prices on the part of the cluster that a pipeline rank sees."""
     model = request.model
     chain = replace(Chain.of(model, pinned_types(model)), sequence_split=request.fix.sp)
     axes = sub_axes(model, candidate.tp)
@@ -321,7 +323,8 @@ def _inner(request: Request, candidate: Candidate) -> Inner:
             f"--fix: tp={candidate.tp}: no operation of the model can be split over "
             f"{candidate.tp} devices (heads, hidden sizes and vocabulary do not divide by it)"
         )
-    return inner_of(chain, known[key], costs, [_mode(request.fix), "none"])
+    priced = costs if view is request.cluster else replace(costs, cluster=view)
+    return inner_of(chain, known[key], priced, [_mode(request.fix), "none"])
 
 
 def _decided(chain: Chain, costs: ModelCosts, planned: bool) -> Types:

@@ -25,7 +25,7 @@ from ..costmodel.overlap import overlap_cost_fraction
 from ..costmodel.steptime import accumulation_seconds
 from ..ir import Infeasible, InvalidInput
 from ..ir.mesh import Mesh
-from ..ir.plan import NodeMapping
+from ..ir.plan import NodeMapping, Recompute
 from .alike import Alike
 from .bounds import (
     Shares,
@@ -44,14 +44,16 @@ from .candidates import (
     unemittable,
     variants,
 )
+from .every_cut import MOST_SEGMENTS, best_cut
 from .fix import Fix
 from .footprint import gathered_bytes, held_state, in_flight
 from .inner import Inner
 from .insides import Insides
 from .linear_program import Solver
 from .request import Request, bounds_of, pinned_stages, repeated
+from .sites import Sites
 from .stages import Cut, Rank, SegmentTable, Shortfall, cut_stages, pipeline_floor_seconds
-from .step import price_step, stages_of, sync_seconds, traffic_of, transfer_seconds
+from .step import StepPrice, price_step, stages_of, sync_seconds, traffic_of, transfer_seconds
 from .traffic import has_choice, in_order, mapped
 from .virtual_stages import cut_virtual
 
@@ -65,9 +67,8 @@ _MOST_NODES = 4096
 """Nodes of the largest cluster that an error looks at for one that fits."""
 ESTIMATE_ERROR = 0.02
 """Of the estimate of schedules with virtual stages, at most (`benchmarks/schedules.py`)."""
-_TIGHTER = 0.98
-"""Of the memory limit: what stages are cut for again where their buffers did not fit."""
-_TRIES = 4
+_TRIES = 8
+"""Times that stages are cut for a memory limit, each time for what the last ones exceeded less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,7 @@ class Search:
     anything: bool = False
     like: InitVar[Search | None] = None
     insides: Insides = field(init=False)
+    sites: Sites = field(init=False)
     alike: Alike = field(init=False)
     stage_of: list[int | None] = field(init=False)
     layer: list[bool] = field(init=False)
@@ -142,6 +144,8 @@ class Search:
         model = self.request.model
         self.request.check()
         self.insides = Insides(self.request, self.solver)
+        hardware = self.request.hardware or self.request.cluster
+        self.sites = Sites.of(hardware, self.request.cluster)
         if like is not None and _inside(like.request.cluster) == _inside(self.request.cluster):
             self.insides.shared_with(like.insides)
         self.alike = like.alike if like is not None else Alike.of(_kinds(self.request))
@@ -170,7 +174,7 @@ class Search:
         counts, finals = _Counts(), list[Outcome]()
         solved: list[Outcome] = []
         short: list[tuple[float, Candidate]] = []
-        interrupted = False
+        interrupted, unproved = False, list[float]()
         few = self.request.cluster.nodes <= MOST_MAPPED_NODES
         try:
             while queue and len(finals) < top:
@@ -191,6 +195,7 @@ class Search:
                     else:
                         counts.infeasible += 1
                         short.append((result.needed_bytes, candidate))
+                        unproved += [] if result.proved else [bound]
                 elif level == 3:
                     assert outcome is not None
                     placed = self._placed(outcome, search=few)
@@ -211,8 +216,12 @@ class Search:
         self._check_refused(every)
         if not finals:
             self._raise_infeasible(short)
-        open_floors = [key if o is None else o.floor_seconds for key, _, _, _, o in queue]
-        return self._found(finals[:top], open_floors, counts, interrupted, began)
+        best = min(o.seconds for o in finals)
+        open_floors = [
+            key if outcome is None else self._settled(outcome, best).floor_seconds
+            for key, _, _, _, outcome in queue
+        ]
+        return self._found(finals[:top], [*open_floors, *unproved], counts, interrupted, began)
 
     def _found(
         self,
@@ -225,7 +234,7 @@ class Search:
         tied = [o for o in finals if o.seconds <= finals[0].seconds * (1 + TIE)]
         chosen = min(tied, key=self._preference)
         others = [o for o in finals if o is not chosen]
-        if chosen.mapping is None and has_choice(self.request.cluster):
+        if chosen.mapping is None and has_choice(self.request.cluster) and self.sites.alike:
             chosen = self._placed(chosen, search=True)
         floors = [*open_floors, *(o.floor_seconds for o in finals), chosen.seconds]
         return Found(
@@ -238,6 +247,12 @@ class Search:
             dict(Counter(self.insides.methods())),
             interrupted,
         )
+
+    def _settled(self, outcome: Outcome, best_s: float) -> Outcome:
+        """A solved candidate whose floor says as much as it can: where only the estimate is between
+        it and the best, it is simulated."""
+        near = outcome.candidate.vpp > 1 and outcome.floor_seconds < min(best_s, outcome.seconds)
+        return self._placed(outcome, search=False) if near else outcome
 
     # --- one step of the search ------------------------------------------------------------------
 
@@ -339,39 +354,75 @@ class Search:
 
     def inners(self, candidate: Candidate) -> tuple[Inner, ...] | None:
         """The insides of blocks on every pipeline rank; None where tp splits nothing."""
-        inner = self.insides.of(candidate)
-        return None if inner is None else (inner,) * candidate.pp
+        found = []
+        for view in self.sites.views(candidate):
+            inner = self.insides.of(candidate, view)
+            if inner is None:
+                return None
+            found.append(inner)
+        return tuple(found)
 
     def solve(self, candidate: Candidate, floor_s: float = 0.0) -> Outcome | Shortfall:
         """Cuts the stages of a candidate and estimates the step. `floor_s` is a bound that is
-        already known."""
-        request, inners = self.request, self.inners(candidate)
+        already known.
+
+        Stages are cut without their workspace, which depends on how they are cut, and again with
+        what did not fit taken off; where that is not the end of it, also with all the workspace
+        that there could be, and the better is taken.
+        """
+        found = self._solved(candidate, floor_s, workspace=False)
+        if isinstance(found, Shortfall) and found.proved:
+            return found
+        small, inners = len(self.layer) <= MOST_SEGMENTS, self.inners(candidate)
+        roomy = isinstance(found, Outcome) and not any(map(_recomputes, found.cut.modes))
+        if roomy and not (small and candidate.vpp > 1):
+            return found
+        if small and inners is not None:
+            modes = self.insides.modes
+            cut = best_cut(self.request, candidate, inners, modes, self.stage_of)
+            return found if cut is None else self._outcome(candidate, inners, cut, floor_s)
+        other = self._solved(candidate, floor_s, workspace=True)
+        if isinstance(other, Shortfall):
+            return found
+        return other if isinstance(found, Shortfall) else min(found, other, key=_seconds)
+
+    def _outcome(
+        self, candidate: Candidate, inners: tuple[Inner, ...], cut: Cut, floor_s: float
+    ) -> Outcome:
+        price = price_step(self.request, candidate, inners, cut.bounds, cut.modes, exact=False)
+        floor = max(floor_s, self._floor(candidate, inners, price))
+        return Outcome(
+            candidate, inners, cut, price.seconds, dict(price.time), price.memory,
+            min(floor, price.seconds),
+        )  # fmt: skip
+
+    def _solved(self, candidate: Candidate, floor_s: float, workspace: bool) -> Outcome | Shortfall:
+        inners = self.inners(candidate)
         assert inners is not None
         limits = [float(inner.cluster.device.memory_limit_bytes) for inner in inners]
-        tightened = list(limits)
-        for _ in range(_TRIES):
-            cut = self._cut(candidate, tightened)
+        rooms = list(limits)
+        for tried in range(_TRIES):
+            cut = self._cut(candidate, rooms, workspace)
             if isinstance(cut, Shortfall):
-                return cut
-            price = price_step(request, candidate, inners, cut.bounds, cut.modes, exact=False)
+                lost = max(limit - room for limit, room in zip(limits, rooms, strict=True))
+                return Shortfall(cut.needed_bytes + lost, tried == 0 and not workspace)
+            outcome = self._outcome(candidate, inners, cut, floor_s)
             excess = [
-                stage.total - limit for stage, limit in zip(price.memory, limits, strict=True)
+                stage.total - limit for stage, limit in zip(outcome.memory, limits, strict=True)
             ]
             if max(excess) <= 0:
-                floor = max(floor_s, self._floor(candidate, inners, price.seconds))
-                return Outcome(
-                    candidate, inners, cut, price.seconds, dict(price.time), price.memory,
-                    min(floor, price.seconds),
-                )  # fmt: skip
-            tightened = [
-                tight - max(0.0, over) if over <= 0 else _TIGHTER * tight - over
-                for tight, over in zip(tightened, excess, strict=True)
-            ]
-        return Shortfall(max(limits) + max(excess))
+                return outcome
+            rooms = [room - max(0.0, over) for room, over in zip(rooms, excess, strict=True)]
+        return Shortfall(max(limits) + max(excess), proved=False)
 
-    def _cut(self, candidate: Candidate, limits: Sequence[float] | None = None) -> Cut | Shortfall:
+    def _cut(
+        self,
+        candidate: Candidate,
+        limits: Sequence[float] | None = None,
+        workspace: bool = False,
+    ) -> Cut | Shortfall:
         request, model = self.request, self.request.model
-        ranks = self._ranks(candidate, limits)
+        ranks = self._ranks(candidate, limits, workspace)
         stages = request.fix.stages
         if candidate.vpp > 1:
             cut = cut_virtual(
@@ -385,11 +436,13 @@ class Search:
             )  # fmt: skip
         return cut if isinstance(cut, Shortfall) else self._layers_only(cut)
 
-    def _floor(self, candidate: Candidate, inners: Sequence[Inner], worth_s: float) -> float:
+    def _floor(self, candidate: Candidate, inners: Sequence[Inner], price: StepPrice) -> float:
         """What no cut of a candidate can beat, whatever it recomputes. With virtual stages the
-        balanced cut is part of the candidate, and the estimate is all that is between."""
+        balanced cut is part of the candidate, and what the estimate may be off is all that is
+        between."""
         if candidate.vpp > 1:
-            return (1 - ESTIMATE_ERROR) * worth_s
+            return (1 - ESTIMATE_ERROR) * (price.seconds - price.time["data_parallel"])
+        worth_s = price.seconds
         after = min(
             afterwards_seconds(self.request, candidate, inner) for inner in distinct_of(inners)
         )
@@ -409,18 +462,25 @@ class Search:
         )
         return replace(cut, modes=modes)
 
-    def _ranks(self, candidate: Candidate, limits: Sequence[float] | None = None) -> list[Rank]:
+    def _ranks(
+        self,
+        candidate: Candidate,
+        limits: Sequence[float] | None = None,
+        workspace: bool = False,
+    ) -> list[Rank]:
         """Pipeline ranks as stages are cut for."""
         inners = self.inners(candidate)
         assert inners is not None
-        tables = {id(inner): self._table(candidate, inner) for inner in distinct_of(inners)}
+        tables = {
+            id(inner): self._table(candidate, inner, workspace) for inner in distinct_of(inners)
+        }
         room = limits or [float(inner.cluster.device.memory_limit_bytes) for inner in inners]
         return [
             Rank(tables[id(inner)], in_flight(candidate, rank), limit)
             for rank, (inner, limit) in enumerate(zip(inners, room, strict=True))
         ]
 
-    def _table(self, candidate: Candidate, inner: Inner) -> SegmentTable:
+    def _table(self, candidate: Candidate, inner: Inner, workspace: bool) -> SegmentTable:
         """The segments as `cut_stages` wants them: compute slowed by the communication that it
         hides, and by adding up gradients."""
         request, model, modes = self.request, self.request.model, self.insides.modes
@@ -445,7 +505,7 @@ class Search:
         costs = [[inner.costs[b, mode if layer[b] else "none"] for b in blocks] for mode in modes]
         seconds = np.array([[cost.seconds for cost in row] for row in costs]) + slowed
         kept = np.array([[float(cost.memory.kept) for cost in row] for row in costs])
-        workspace = np.array([[float(cost.memory.workspace) for cost in row] for row in costs])
+        peaks = np.array([[float(cost.memory.workspace) for cost in row] for row in costs])
         shared = []
         for name, uses in self.uses.items():
             for first, last in pairwise(uses):
@@ -455,7 +515,7 @@ class Search:
                 shared.append((first, last, float(size)))
         return SegmentTable(
             modes, seconds[:, at], kept[:, at],
-            (workspace + np.array(gathers, np.float64))[:, at],
+            (workspace * peaks + np.array(gathers, np.float64))[:, at],
             np.array(state, np.float64)[at], tuple(shared), np.array(waits)[at],
         )  # fmt: skip
 
@@ -463,8 +523,9 @@ class Search:
         """A finalist, its schedule simulated on the links it uses: with `search` on the nodes that
         suit it best, otherwise on nodes in order."""
         request, candidate, cut = self.request, outcome.candidate, outcome.cut
-        mapping, slowdown = None, in_order(request.cluster, candidate)
-        if search and slowdown is not None:
+        views = [inner.cluster for inner in outcome.inners]
+        mapping, slowdown = None, in_order(request.cluster, candidate, views)
+        if search and slowdown is not None and self.sites.alike:
             stages = stages_of(request, candidate, outcome.inners, cut.bounds, cut.modes)
             traffic = traffic_of(request, candidate, stages)
             mapping, slowdown = mapped(request.cluster, candidate, traffic)
@@ -564,6 +625,14 @@ class Search:
         floors = variant_floors(self.request, options, inners)
         possible = [each for floor, each in zip(floors, options, strict=True) if np.isfinite(floor)]
         return any(isinstance(self.solve(each), Outcome) for each in possible)
+
+
+def _recomputes(modes: Sequence[Recompute]) -> bool:
+    return any(mode != "none" for mode in modes)
+
+
+def _seconds(outcome: Outcome) -> float:
+    return outcome.seconds
 
 
 def _kinds(request: Request) -> list[Hashable]:

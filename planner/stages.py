@@ -65,9 +65,11 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Shortfall:
-    """No cut fits: the least bytes the fullest stage would need."""
+    """No cut fits: the least bytes the fullest stage would need. `proved`: none can, whatever is
+    recomputed; otherwise none was found."""
 
     needed_bytes: float
+    proved: bool = True
 
 
 def cut_stages(
@@ -133,7 +135,8 @@ class PipelineFloor:
     """What a schedule takes at least, by the seconds `T_s` of its stages for a microbatch.
 
     `passes·ΣT + sent_s`, and for every stage `share·ΣT + paces[s]·T_s` and `m·T_s`; where backwards
-    are whole (`share` is 1) the design's bound, `m·T_s + Σ_{i<s} T_i`.
+    are whole (`share` is 1) the design's bound, `m·T_s + Σ_{i<s} T_i`. What those with shares of T
+    may be too high is `excess_s`.
     """
 
     microbatches: int
@@ -141,6 +144,7 @@ class PipelineFloor:
     paces: Array
     share: float
     sent_s: float = 0.0
+    excess_s: float = 0.0
 
 
 def pipeline_floor_seconds(
@@ -155,7 +159,7 @@ def pipeline_floor_seconds(
     least = chain.cut(float("inf"))
     if least is None or not chain.within(worth_s, floor, least[0]):
         return float("inf")
-    low, high = floor.passes * least[0], worth_s
+    low, high = 0.0, worth_s
     while high - low > 1e-4 * high:
         middle = (low + high) / 2
         if chain.within(middle, floor, least[0]):
@@ -225,7 +229,7 @@ class _Chain:
     def within(self, step_s: float, floor: PipelineFloor, least_s: float) -> bool:
         """Whether stages of some cut keep a step of `step_s`; `least_s` is what all stages take
         together at least. Of all ways to a bound the one that has passed least is kept."""
-        m, spare = floor.microbatches, max(0.0, step_s - floor.share * least_s)
+        m, spare = floor.microbatches, max(0.0, step_s + floor.excess_s - floor.share * least_s)
         with np.errstate(divide="ignore", invalid="ignore"):
             paces = np.minimum(step_s / m, np.where(floor.paces > 0, spare / floor.paces, np.inf))
         times = [np.where(t <= pace * _SAME, t, np.inf)
@@ -242,7 +246,8 @@ class _Chain:
             ends = m * took + passed[:, None] if floor.share == 1.0 else m * took
             reached[ends > step_s * _SAME] = np.inf
             passed = reached.min(axis=0)
-        return bool(floor.passes * passed[-1] + floor.sent_s <= step_s * _SAME)
+        least = floor.passes * passed[-1] + floor.sent_s - floor.excess_s
+        return bool(least <= step_s * _SAME)
 
     def _least(self, times: Sequence[Array], pace: float) -> tuple[float, list[int]] | None:
         found = self._narrow(pace)

@@ -63,30 +63,42 @@ def mapped(
     cluster: Cluster, candidate: Candidate, stages: Sequence[StageTraffic], seed: int = 0
 ) -> tuple[NodeMapping, Slowdown]:
     """The best mapping of a configuration found, and what its links do to communication."""
-    slowness, routes = slowness_of(cluster), _Routes(cluster, candidate)
+    slowness, routes = slowness_of(cluster), _Routes(cluster, candidate, None)
     places = -(-candidate.ranks // cluster.devices_per_node)
     found = map_places(routes.flows(stages), places, slowness, seed)
     return found, routes.slowdown(found.node_of, slowness)
 
 
-def in_order(cluster: Cluster, candidate: Candidate) -> Slowdown | None:
+def in_order(
+    cluster: Cluster, candidate: Candidate, views: Sequence[Cluster] | None = None
+) -> Slowdown | None:
     """What links do to communication where ranks are started node by node, in order; None where
-    all are as axes are priced."""
+    all are as axes are priced. `views` are the clusters by which the groups of each pipeline rank
+    are priced, where these differ (`sites`)."""
     if not has_choice(cluster):
         return None
-    return _Routes(cluster, candidate).slowdown(range(cluster.nodes), slowness_of(cluster))
+    return _Routes(cluster, candidate, views).slowdown(range(cluster.nodes), slowness_of(cluster))
 
 
 class _Routes:
     """Which places a configuration's groups lie on. Scales turn the cost model's seconds of a
     group, priced by the outermost level it crosses, into seconds on the cluster's outermost."""
 
-    def __init__(self, cluster: Cluster, candidate: Candidate) -> None:
+    def __init__(
+        self, cluster: Cluster, candidate: Candidate, views: Sequence[Cluster] | None
+    ) -> None:
         self.candidate = candidate
         self.placement = placement_of(candidate)
-        self.data_scale = _scale(cluster, candidate.data)
-        self.tensor_scale = _scale(cluster, Group(candidate.tp))
-        self.pipe_scale = _scale(cluster, candidate.pipe)
+        outermost = cluster.worst_levels[-1].reached_bytes_per_s(1)
+        known = {
+            id(view): (_crossed(view, candidate.data), _crossed(view, Group(candidate.tp)))
+            for view in (views or [cluster])
+        }
+        crossed = [known[id(view)] for view in (views or [cluster] * candidate.pp)]
+        self.data_scale = [data / outermost if data else 1.0 for data, _ in crossed]
+        self.tensor_scale = [tensor / outermost if tensor else 1.0 for _, tensor in crossed]
+        pipe = _crossed(cluster, candidate.pipe)
+        self.pipe_scale = pipe / outermost if pipe else 1.0
         per_stage = candidate.replicas * candidate.tp
         place = np.arange(candidate.pp * per_stage) // cluster.devices_per_node
         self.place = place.reshape(candidate.pp, candidate.replicas, candidate.tp)
@@ -115,8 +127,8 @@ class _Routes:
 
         ranks = self.placement
         return Slowdown(
-            tuple(factor(self.data(rank), self.data_scale) for rank in ranks),
-            tuple(factor(self.tensor(rank), self.tensor_scale) for rank in ranks),
+            tuple(factor(self.data(rank), self.data_scale[rank]) for rank in ranks),
+            tuple(factor(self.tensor(rank), self.tensor_scale[rank]) for rank in ranks),
             tuple(factor(self.boundary(v), self.pipe_scale) for v in range(len(ranks) - 1)),
         )
 
@@ -124,13 +136,16 @@ class _Routes:
         """All that a step sends between places. What stages do at the same time is one flow, whose
         slowest stage counts; boundaries are crossed one after the other."""
         found = []
-        for name, edges_of, scale, taken in (
+        for name, edges_of, scales, taken in (
             ("data", self.data, self.data_scale, [stage.data_s for stage in stages]),
             ("tensor", self.tensor, self.tensor_scale, [stage.tensor_s for stage in stages]),
         ):
             seconds = np.bincount(self.placement, taken, minlength=self.candidate.pp)
             ends = [edges_of(rank) for rank in range(self.candidate.pp)]
-            weights = [np.full(len(e), scale * s) for e, s in zip(ends, seconds, strict=True)]
+            weights = [
+                np.full(len(e), scale * s)
+                for e, scale, s in zip(ends, scales, seconds, strict=True)
+            ]
             found.append(Flow(name, np.concatenate(ends), np.concatenate(weights)))
         for v, stage in enumerate(stages[:-1]):
             ends_v = self.boundary(v)
@@ -146,9 +161,7 @@ def _edges(one: Ints, other: Ints) -> Ints:
     return found
 
 
-def _scale(cluster: Cluster, group: Group) -> float:
+def _crossed(cluster: Cluster, group: Group) -> float:
+    """Bytes per second of the outermost level that a group crosses; 0 within a device."""
     path = hops(cluster, group)
-    if not path:
-        return 1.0
-    crossed = cluster.worst_levels[path[-1].index].reached_bytes_per_s(1)
-    return crossed / cluster.worst_levels[-1].reached_bytes_per_s(1)
+    return cluster.worst_levels[path[-1].index].reached_bytes_per_s(1) if path else 0.0

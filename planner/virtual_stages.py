@@ -29,6 +29,13 @@ def layers_before(layers: int, stages: int, first: int) -> int:
     return max(first * each - (first > 0), layers - (stages - first) * (each + 1), 0)
 
 
+def even_enough(counts: Sequence[int]) -> bool:
+    """Whether virtual stages have as even numbers of layers as `layers_before` says."""
+    each = sum(counts) // len(counts)
+    inside = all(each <= count <= each + 1 for count in counts[1:-1])
+    return inside and all(each - 1 <= counts[v] <= each + 1 for v in (0, -1))
+
+
 @dataclass(frozen=True, slots=True)
 class _Content:
     """What a rank has to do: modes of its segments in order, seconds, bytes short."""
@@ -76,11 +83,9 @@ class _Shares:
         return found
 
     def allowed(self) -> bool:
-        """Whether stages are as even as they should be (`layers_before`), and none is empty."""
-        each = self.layers.count // len(self.counts)
-        inside = all(each <= count <= each + 1 for count in self.counts[1:-1])
-        ends = all(each - 1 <= self.counts[v] <= each + 1 for v in (0, -1))
-        return inside and ends and all(first < last for first, last in pairwise(self.bounds))
+        """Whether stages are as even as they should be, and none is empty."""
+        filled = all(first < last for first, last in pairwise(self.bounds))
+        return filled and even_enough(self.counts)
 
     def objective(self, contents: Sequence[_Content]) -> tuple[float, float]:
         """Bytes short, then the time of the schedule as far as work decides it."""

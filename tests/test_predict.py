@@ -211,7 +211,7 @@ def test_mixed_devices_are_no_slower_than_the_slowest() -> None:
         )  # fmt: skip
         alone = sw.predict(llama(), plain, WORK, {"tp": 8, "pp": 2}).step_seconds
         both = sw.predict(llama(), mixed, WORK, {"tp": 8, "pp": 2}).step_seconds
-        assert both == pytest.approx(alone, rel=0.05)  # a part may be slower on the faster device
+        assert both <= alone * 1.05  # a part may be slower on the faster device
 
 
 def test_a_degraded_node_is_slower_and_utilisation_says_so() -> None:
