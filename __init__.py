@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from . import planner as _planner
-from .costmodel import Cluster, Device, Runtime
+from .costmodel import Cluster, Device, Runtime, Spending
 from .ir import (
     Infeasible,
     InvalidInput,
@@ -33,13 +33,14 @@ from .ir import plan as _ir_plan
 from .ir import serial as _serial
 from .ir.graph import Model
 from .ir.workload import Workload
-from .planner import Prediction, Replanned
+from .planner import Explanation, Prediction, Replanned
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Cluster",
     "Device",
+    "Explanation",
     "Infeasible",
     "InvalidInput",
     "Plan",
@@ -79,9 +80,9 @@ class Plan(_ir_plan.Plan):
         """What `shardwright plan --json` prints."""
         return dict(_planner.to_json(self))
 
-    def explain(self) -> str:
-        """Where time and memory go, what binds, what the runners-up lose on."""
-        return _planner.explain(self)
+    def explain(self) -> Explanation:
+        """Where time and memory go, what binds, what the runners-up lose on: `print` it."""
+        return _planner.Explanation.of(self)
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON, whole or not at all."""
@@ -153,6 +154,7 @@ def plan(
     loss: Callable[..., Any] | None = None,
     top: int = 5,
     backend: str = "torch",
+    objective: str = "time",
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """The best way found to train `model` on `cluster`, with a bound on how good it can be.
@@ -160,21 +162,29 @@ def plan(
     `model`: what `trace` takes, or a traced model. `cluster`: a `Cluster` or its specification.
     `fix`: parts of the strategy that are given (`tp=8,pp=4` or a mapping). `top` configurations are
     kept, the best first. `backend`: what the plan is to be emitted for, `torch`, or `any` for the
-    best there is, whether it can be emitted yet or not (a plan that cannot says so). Raises
-    Infeasible, saying what is short, where nothing fits.
+    best there is, whether it can be emitted yet or not (a plan that cannot says so). `objective`:
+    what is least, the `time` of a step, or its `cost` or `energy` by the price or power of the
+    cluster's devices; then fewer nodes than there are may be used. Interrupted (Ctrl-C) it returns
+    the best plan so far and says so in its advice. Raises Infeasible, saying what is short, where
+    nothing fits.
     """
     if backend not in ("torch", "any"):
         raise InvalidInput(f"backend {backend!r}: expected torch, or any for the whole space")
     fixed = _planner.Fix.parse(fix)  # what is quick to refuse comes before tracing
     where = Cluster.parse(cluster) if isinstance(cluster, str) else cluster
+    Spending.on(objective, where)
     traced = _priceable(model, example_inputs, loss)
-    request = _planner.Request.on(traced, where, workload, fixed)
     everything = backend == "any" or fixed.beyond_backends or not _planner.emits(traced)
-    search = _planner.Search(request, anything=everything)
-    found = search.run(top, progress)
-    best = found.outcomes[0]
-    advice = _planner.advice_on(request, best, everything)
-    return Plan._of(_planner.build_plan(request, search.mesh(best.candidate), found, advice))
+    if objective == "time":
+        search = _planner.Search(
+            _planner.Request.on(traced, where, workload, fixed), anything=everything
+        )
+        found = search.run(top, progress)
+    else:
+        search, found = _planner.least_spending(
+            traced, where, workload, fixed, objective, everything, top, progress
+        )
+    return Plan._of(_planner.build_plan(search, found, where))
 
 
 def predict(

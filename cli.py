@@ -128,6 +128,9 @@ def plan(
     backend: Annotated[
         str, typer.Option(help="torch, or any: what cannot be emitted too")
     ] = "torch",
+    objective: Annotated[
+        str, typer.Option(help="What is to be least: time, cost or energy of a step")
+    ] = "time",
     as_json: AsJson = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Plan file")] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List presets")] = False,
@@ -144,7 +147,14 @@ def plan(
         found = _with_progress(
             as_json,
             lambda report: make_plan(
-                model, where, work, fix=fix, top=top, backend=backend, progress=report
+                model,
+                where,
+                work,
+                fix=fix,
+                top=top,
+                backend=backend,
+                objective=objective,
+                progress=report,
             ),
         )
         if output is not None:
@@ -238,10 +248,17 @@ def calibrate(
 
 @app.command()
 def explain(
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN.JSON")], debug: Debug = False
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN.JSON")],
+    as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """Where time and memory go, what binds, what the runners-up lose on."""
-    _guarded(lambda: typer.echo(Plan.load(plan_file).explain()), debug)
+
+    def action() -> None:
+        found = Plan.load(plan_file).explain()
+        typer.echo(json.dumps(found.to_json(), indent=1) if as_json else str(found))
+
+    _guarded(action, debug)
 
 
 @app.command()

@@ -67,7 +67,7 @@ def best_of_all(request: Request) -> Best:
     search = Search(request, anything=True)
     best, chosen, configurations, cuts = float("inf"), None, 0, 0
     for candidate in candidates(request):
-        inners = search.inners(candidate)
+        inners = search.solving.inners(candidate)
         if inners is None:
             continue
         configurations += 1

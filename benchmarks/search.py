@@ -1,6 +1,6 @@
-"""The search beside peers and bounds: whole plans, mapping by measured links, replanning.
+"""The search beside peers and bounds: whole plans, Piper's program, mapping by links, replanning.
 
-    python benchmarks/search.py [--part plans|exact|islands|mapping|replan]
+    python benchmarks/search.py [--part plans|exact|pipeline|free|islands|mapping|replan]
 
 CPU seconds of this machine throughout.
 """
@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from itertools import permutations
@@ -17,13 +20,15 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from exhaustive import best_of_all, instance
+from free_search import compared
 from numpy.typing import NDArray
+from piper import read_piper
 from plan_time import Case, run, with_layers
 from rich.console import Console
 from rich.table import Table
 
 import shardwright as sw
-from shardwright.planner import Search
+from shardwright.planner import Search, best_stages
 from shardwright.planner.mapping import Flow, flow_seconds, map_places
 
 Array = NDArray[np.float64]
@@ -123,7 +128,7 @@ def exact(console: Console) -> None:
             searched += time.process_time() - started
         excess = found.outcomes[0].seconds / best.seconds - 1
         worst, equal = max(worst, excess), equal + (abs(excess) < 1e-9)
-        if found.bound_seconds > best.seconds * (1 + 1e-9):
+        if found.bound > best.seconds * (1 + 1e-9):
             console.print(f"instance {seed}: the bound is above the best plan")
     console.print(
         f"{INSTANCES} random small problems, {priced:,} cuts priced one by one: {equal} equal, "
@@ -133,6 +138,66 @@ def exact(console: Console) -> None:
 
 
 INSTANCES = 60
+
+
+def pipeline(console: Console) -> None:
+    """Piper's program on its own input, beside the published optima."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(
+        [sys.executable, "-c", "from shardwright.planner import best_stages"], check=True
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    imports = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    table = Table("devices", "optimum found, s", "published, s", "difference", "stages",
+                  "devices used", "CPU s", "with imports", "limit", "Piper, CPU s",
+                  title=f"{PIPER.stem}, N = 1920, 8 GiB per device")  # fmt: skip
+    for devices, published, limit, peer in PIPER_OPTIMA:
+        began = time.process_time()
+        plan = best_stages(read_piper(PIPER, devices, 1920, 25 * 2**30, 8 * 2**30))
+        took = time.process_time() - began
+        table.add_row(
+            f"{devices:,}", f"{plan.seconds:.12g}", f"{published:.12g}",
+            f"{plan.seconds / published - 1:+.0e}", str(len(plan.stages)), f"{plan.devices:,}",
+            f"{took:.2f}", f"{took + imports:.2f}", f"{limit:g}", f"{peer:g}",
+        )  # fmt: skip
+    console.print(table)
+
+
+PIPER = Path(__file__).resolve().parents[2] / "shared" / "data" / "piper_bert32_a100.json"
+PIPER_OPTIMA = (
+    (8, 0.16585575, 1.0, 0.04),
+    (64, 0.0202005502945, 1.0, 0.18),
+    (512, 0.00256112784601, 2.7, 2.7),
+    (1024, 0.00130317951636, 12.0, 12.0),
+)
+"""Devices, the optimum in seconds, CPU seconds that we may take, and that Piper's program (C++)
+took on a machine of the same kind: the data's README."""
+
+
+def free(console: Console) -> None:
+    """Published groups of runs: the best measured configuration beside what a free search finds."""
+    table = Table("family", "groups", "search / best: median", "worst (limit 1.03)", "plan there",
+                  "CPU s", title="Free search on published groups")  # fmt: skip
+    every = list(compared(RUNS))
+    for family in dict.fromkeys(each.family for each in every):
+        here = [each for each in every if each.family == family]
+        ratios = {
+            each.found_s / each.best_s: each for each in here if each.found_s and each.best_fits
+        }
+        if not ratios:
+            continue
+        worst = max(ratios)
+        table.add_row(
+            family, f"{len(ratios)} of {len(here)}", f"{float(np.median(list(ratios))):.3f}",
+            f"{worst:.3f}", ratios[worst].plan, f"{sum(each.cpu_s for each in here):.0f}",
+        )  # fmt: skip
+    console.print(table)
+    for each in every:
+        if not (each.found_s and each.best_fits):
+            console.print(f"{each.family} {each.group}: too large by our reckoning, not compared")
+
+
+RUNS = Path(__file__).resolve().parents[2] / "shared" / "data" / "published_runs.csv"
 
 
 def islands(console: Console) -> None:
@@ -287,7 +352,8 @@ def replan(console: Console) -> None:
     console.print(table)
 
 
-PARTS = {"plans": plans, "exact": exact, "islands": islands, "mapping": mapping, "replan": replan}
+PARTS = {"plans": plans, "exact": exact, "pipeline": pipeline, "free": free, "islands": islands,
+         "mapping": mapping, "replan": replan}  # fmt: skip
 
 
 def main() -> None:

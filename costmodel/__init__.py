@@ -13,6 +13,8 @@
     saved        what ops keep for backward, what recomputation runs again
     liveness     block_bytes: activations of one block, kept and at the peak
     memory       state_bytes, stage_bytes: weights, gradients, optimizer state, in flight
+    spending     Spending: what a step costs in time, money or energy
+    what_if      a cluster with one thing about it changed
     steptime     the bound and the estimate of 1F1B, gradient synchronisation, optimizer step
     yaml_files   reading and writing validated YAML
 
@@ -40,6 +42,7 @@ from .runtime import Runtime
 from .saved import run_again, saves
 from .shards import local_shape, local_sizes, op_splits
 from .simulate import DataParallel, StageTimes, StepOptions, simulate
+from .spending import Spending
 from .steptime import SyncSeconds, data_parallel_sync, optimizer_step_seconds
 
 __all__ = [
@@ -61,6 +64,7 @@ __all__ = [
     "Level",
     "Precision",
     "Runtime",
+    "Spending",
     "StageBytes",
     "StateBytes",
     "SyncSeconds",

@@ -22,8 +22,8 @@ def without_words(data: Mapping[str, Any]) -> dict[str, Any]:
     """
     data = dict(data)
     sizes = _island_sizes(data.get("islands"))
-    if sizes and "nodes" not in data:
-        data["nodes"] = sum(sizes)
+    if data.get("islands") and "nodes" not in data:
+        data["nodes"] = sum(sizes) or 1  # where sizes are wrong the islands are to be named
     nodes, per_node, levels = (data.get(k) for k in ("nodes", "devices_per_node", "levels"))
     if isinstance(nodes, int) and isinstance(per_node, int) and isinstance(levels, list):
         words = {"node": per_node, "cluster": nodes * per_node}

@@ -56,7 +56,8 @@ class Device(BaseModel):
     process holds beyond what a plan accounts
     for. `curves`, where there are any, are measured and go before the fractions. Tiers that state
     can be moved to (`offload`), where there are any, as one device's share: `host_memory_bytes`
-    over `host_link_bytes_per_s`, `nvme_bytes` at `nvme_bytes_per_s`, one direction each.
+    over `host_link_bytes_per_s`, `nvme_bytes` at `nvme_bytes_per_s`, one direction each. What it
+    costs: `price_per_hour` in any one currency, `power_watts` computing and `idle_watts` waiting.
     """
 
     model_config = _FROZEN
@@ -77,6 +78,9 @@ class Device(BaseModel):
     host_link_bytes_per_s: float | None = Field(default=None, gt=0)
     nvme_bytes: int | None = Field(default=None, gt=0)
     nvme_bytes_per_s: float | None = Field(default=None, gt=0)
+    price_per_hour: float | None = Field(default=None, gt=0)
+    power_watts: float | None = Field(default=None, gt=0)
+    idle_watts: float | None = Field(default=None, gt=0)
     curves: tuple[EfficiencyCurve, ...] = ()
 
     @model_validator(mode="after")
@@ -85,6 +89,11 @@ class Device(BaseModel):
             raise ValueError(
                 f"reserve_bytes is {self.reserve_bytes}, expected less than memory_bytes "
                 f"({self.memory_bytes})"
+            )
+        if self.idle_watts is not None and self.idle_watts > (self.power_watts or 0.0):
+            raise ValueError(
+                f"idle_watts is {self.idle_watts:g}, expected at most power_watts "
+                f"({'not given' if self.power_watts is None else f'{self.power_watts:g}'})"
             )
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
@@ -17,16 +18,20 @@ NetworkKind = Literal["infiniband", "roce", "ethernet", "slingshot", "efa", "ici
 
 
 def _device_by_name(value: Any) -> Any:
-    if not isinstance(value, str):
+    if isinstance(value, Mapping) and "preset" in value:
+        name, changes = value["preset"], {k: v for k, v in value.items() if k != "preset"}
+    elif isinstance(value, str):
+        name, changes = value, {}
+    else:
         return value
     try:
-        return Device.preset(value)
+        return Device.preset(str(name)).model_dump() | changes if changes else Device.preset(name)
     except InvalidInput as error:
         raise ValueError(str(error)) from None
 
 
 NamedDevice = Annotated[Device, BeforeValidator(_device_by_name)]
-"""A device, which files may give by the name of its preset."""
+"""A device, which files may give by the name of its preset, or as `preset` and what differs."""
 
 
 class Island(BaseModel):

@@ -24,6 +24,9 @@ Cause = Literal[
 """`pointwise` includes normalisation, lookup and loss; `overhead` is the host's time in excess of
 the device's."""
 
+COMPUTE: tuple[Cause, ...] = ("matmul", "attention", "pointwise")
+"""Causes that keep the device's arithmetic or its memory busy."""
+
 _CAUSE_OF: dict[str, Cause] = {
     "matmul": "matmul",
     "attention": "attention",
@@ -51,6 +54,11 @@ class Work:
     def total_s(self) -> float:
         """Seconds of the device, all causes."""
         return sum(self.seconds.values())
+
+    @property
+    def compute_s(self) -> float:
+        """Seconds of the device that it computes, communication and waiting for the host aside."""
+        return sum(self.seconds.get(cause, 0.0) for cause in COMPUTE)
 
     def add(self, other: Work, times: float = 1.0) -> None:
         """Adds `times` of another stretch."""

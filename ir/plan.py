@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -89,6 +89,15 @@ class Annotation:
     ops: Mapping[str, OpTypes]
     outputs: tuple[NdType, ...]
 
+    def on(self, axes: Sequence[str]) -> Annotation:
+        """The same on some of the axes alone."""
+
+        def cut(kinds: tuple[NdType, ...]) -> tuple[NdType, ...]:
+            return tuple(NdType(tuple((a, k) for a, k in kind if a in axes)) for kind in kinds)
+
+        ops = {n: OpTypes(cut(t.operands), cut(t.results)) for n, t in self.ops.items()}
+        return Annotation(cut(self.inputs), cut(self.parameters), ops, cut(self.outputs))
+
     def produced(self, graph: Graph) -> dict[str, NdType]:
         """The type in which every value of the graph comes into being."""
         types = dict(zip(graph.inputs, self.inputs, strict=True))
@@ -151,7 +160,10 @@ class Certificate:
     """How good the plan is: a lower bound over everything searched, and what was done to find it.
 
     `relaxation` counts the inner programs by how they were solved: `integral` (the linear
-    relaxation was) or `mip`.
+    relaxation was) or `mip`. Where the plan is not the fastest but the one that costs least or
+    takes least energy (`objective`), `spent` is what a step of it does and `bound` what no other
+    undercuts, in `unit`; the gap is between these, and `lower_bound_seconds` the step time with the
+    gap taken off.
     """
 
     lower_bound_seconds: float
@@ -161,16 +173,22 @@ class Certificate:
     infeasible: int
     seconds: float
     relaxation: Mapping[str, int] = field(default_factory=dict)
+    objective: str = "time"
+    spent: float = 0.0
+    bound: float = 0.0
+    unit: str = "s"
 
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """A runner-up: its strategy, predicted step time and why it lost."""
+    """A runner-up: its strategy, predicted step time and why it lost; `time` is its step's seconds
+    by cause, as `Predicted.time` has them."""
 
     strategy: Strategy
     step_seconds: float | None
     memory_bytes: int
     reason: str
+    time: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

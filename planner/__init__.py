@@ -10,9 +10,18 @@ alike            sorts of intervals of a chain, of which there are few
 stages           cutting the chain of segments into stages
 virtual_stages   the same where ranks have several
 every_cut        the same exactly, for small chains whose memory binds
+stage_problem    another problem of stages, Piper's: graphs of layers, choices for every layer
+downsets         what the first stages of a pipeline can have together
+stage_intervals  every stage that there could be, with its sums
+stage_choices    what a stage's seconds can be traded for
+stage_cover      the fewest devices on which stages cover a model
+stage_program    the plan of that problem whose slowest stage takes least
 candidates       configurations to look at
 bounds           what no cut of a configuration can beat
+solving          one candidate solved: its stages, its step, where it lies
+relax            why nothing fits, and what would
 search           best first over configurations, with bounds
+fewer_nodes      on how many nodes a job spends least
 request, fix     what is asked for, what is fixed, pins
 sites            the parts of a cluster that pipeline ranks lie on
 mapping          which node takes which place of a job
@@ -23,31 +32,41 @@ leave_out        whether a job is faster without its slow nodes
 holdings         what every rank of a plan keeps from step to step
 migration        moving a running job from one plan to another
 replan           the best plan after nodes were lost or joined, the way there included
+sensitivity      what a step would take if one thing were different
 build, report    the plan, and the plan in words
+explain          where time and memory go, what binds, what the runners-up lose
 """
 
 from .build import build_plan, check_described
 from .candidates import emits, unemittable
+from .explain import Explanation
+from .fewer_nodes import least_spending
 from .fix import Fix
 from .leave_out import advice_on
 from .predict import Prediction, predict
 from .replan import Replanned, replan
-from .report import explain, summary, to_json
+from .report import summary, to_json
 from .request import Request
 from .search import Search
+from .stage_problem import StagePlan, StageProblem
+from .stage_program import best_stages
 from .transfer import scaled_plan
 
 __all__ = [
+    "Explanation",
     "Fix",
     "Prediction",
     "Replanned",
     "Request",
     "Search",
+    "StagePlan",
+    "StageProblem",
     "advice_on",
+    "best_stages",
     "build_plan",
     "check_described",
     "emits",
-    "explain",
+    "least_spending",
     "predict",
     "replan",
     "scaled_plan",

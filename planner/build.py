@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from math import isfinite
 from typing import Any
@@ -28,14 +28,19 @@ from ..ir.types import R
 from ..ir.workload import Workload
 from .candidates import emits, unemittable
 from .inner import replicated, with_data_axis
+from .leave_out import advice_on
 from .request import Request, repeated
-from .search import GIB, Found, Outcome
+from .search import Found, Search
+from .solving import Outcome
+
+GIB = 2**30
 
 
-def build_plan(request: Request, mesh: Mesh, found: Found, advice: tuple[str, ...] = ()) -> Plan:
-    """The plan of the best outcome; the others become its alternatives."""
-    best = found.outcomes[0]
-    model = request.model
+def build_plan(search: Search, found: Found, asked_for: Cluster | None = None) -> Plan:
+    """The plan of the best outcome; the others become its alternatives. `asked_for`: the cluster
+    that was to be planned for, where the plan is to say what of it would be better left out."""
+    request, best = search.request, found.outcomes[0]
+    model, mesh = request.model, search.solving.mesh(best.candidate)
     return Plan(
         model=model,
         strategy=strategy_of(request, best),
@@ -49,19 +54,41 @@ def build_plan(request: Request, mesh: Mesh, found: Found, advice: tuple[str, ..
         workload=request.workload.model_dump(),
         cluster=describe(request),
         predicted=predicted(request, best),
-        certificate=Certificate(
-            found.bound_seconds,
-            max(0.0, 1 - found.bound_seconds / best.seconds),
-            found.solved,
-            found.pruned,
-            found.infeasible,
-            found.seconds,
-            found.methods,
-        ),
+        certificate=_certificate(found),
         alternatives=tuple(_alternative(request, best, other) for other in found.outcomes[1:]),
         mapping=best.mapping,
-        advice=(*_limits(model, best), *advice),
+        advice=tuple(_advice(search, found, asked_for)),
     )
+
+
+def _advice(search: Search, found: Found, asked_for: Cluster | None) -> Iterator[str]:
+    request, best = search.request, found.outcomes[0]
+    yield from _limits(request.model, best)
+    if found.interrupted:
+        yield (
+            f"the search was interrupted: the best of {found.solved} configurations solved, "
+            f"{found.pruned} were still open"
+        )
+    if asked_for is None:
+        return
+    used = (request.hardware or request.cluster).nodes
+    if used < asked_for.nodes:
+        least = "costs" if found.spending.objective == "cost" else "takes"
+        what = "" if least == "costs" else " energy"
+        yield f"uses {used} of {asked_for.nodes} nodes, on which a step {least} the least{what}"
+    elif not found.interrupted and found.spending.objective == "time":
+        yield from advice_on(request, best, search.anything)
+
+
+def _certificate(found: Found) -> Certificate:
+    best, spending = found.outcomes[0], found.spending
+    spent = found.spent(best)
+    bound = min(found.bound, spent)
+    gap = max(0.0, 1 - bound / spent)
+    return Certificate(
+        best.seconds * (1 - gap), gap, found.solved, found.pruned, found.infeasible,
+        found.seconds, found.methods, spending.objective, spent, bound, spending.unit,
+    )  # fmt: skip
 
 
 def _limits(model: Model, best: Outcome) -> tuple[str, ...]:
@@ -169,4 +196,4 @@ def _alternative(request: Request, best: Outcome, other: Outcome) -> Alternative
         reason += f"; needs only {fullest / GIB:.0f} GiB"
     if limits := unemittable(other.candidate):
         reason += f"; cannot be emitted yet: {limits}"
-    return Alternative(strategy_of(request, other), other.seconds, fullest, reason)
+    return Alternative(strategy_of(request, other), other.seconds, fullest, reason, other.time)

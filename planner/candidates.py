@@ -149,6 +149,16 @@ def variants(request: Request, head: Candidate) -> list[Candidate]:
     ]
 
 
+def allowed(request: Request, head: Candidate, anything: bool) -> list[Candidate]:
+    """The variants that count."""
+    return [each for each in variants(request, head) if counts(each, anything)]
+
+
+def counts(candidate: Candidate, anything: bool) -> bool:
+    """Whether a candidate is one of those that are looked for: all, or what a backend emits."""
+    return anything or unemittable(candidate) is None
+
+
 def emits(model: Model) -> bool:
     """Whether a backend can emit the model at all: mixtures of experts are planned and predicted
     from their dimensions, not yet traced."""
@@ -332,6 +342,17 @@ def _why_none(request: Request) -> str:
     segments = len(request.model.segments)
     if fix.pp and fix.pp > segments:
         return f"--fix: pp={fix.pp} stages, but the model has only {segments} pieces to share out"
+    if (fix.ep or 1) * (fix.etp or 1) > 1:
+        sizes = expert_sizes_of(request.model)
+        if sizes is None:
+            return f"--fix: ep={fix.ep or 1}, etp={fix.etp or 1}, but the model has no experts"
+        if sizes[0] % (fix.ep or 1) or sizes[1] % (fix.etp or 1):
+            return (
+                f"--fix: ep={fix.ep or 1}, etp={fix.etp or 1}: the model has {sizes[0]} experts of "
+                f"{sizes[1]} outputs, which these do not divide"
+            )
+    if (fix.cp or 1) > 1 and (reason := _no_context(request)):
+        return f"--fix: cp={fix.cp}: {reason}"
     for pin in request.model.pins:
         if pin.stage >= (fix.pp or world):
             return f"pin {pin.name}: stage={pin.stage}, but there are only {fix.pp or world} stages"
@@ -357,3 +378,17 @@ def _why_none(request: Request) -> str:
         f"global batch {batch} leaves fewer microbatches than pipeline stages on {world} "
         f"devices{fixed}: 1F1B needs at least pp microbatches; use a larger batch"
     )
+
+
+def _no_context(request: Request) -> str | None:
+    """Why a sequence cannot be shared out as it is fixed, or None where it can."""
+    fix, tokens = request.fix, request.workload.seq_len
+    if not attention_heads(request.model):
+        return "the model has no attention that shares a sequence out"
+    if tokens % ((fix.cp or 1) * (fix.tp or 1)):
+        return f"seq_len {tokens} does not divide by cp*tp = {(fix.cp or 1) * (fix.tp or 1)}"
+    if fix.attention not in (None, "ring", "ulysses"):
+        return f"attention={fix.attention} is not planned yet, expected ring or ulysses"
+    if fix.attention == "ulysses":
+        return f"key-value heads do not divide by cp*tp = {fix.cp}*{fix.tp or 1}"
+    return None

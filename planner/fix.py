@@ -120,7 +120,25 @@ def _read(items: Mapping[str, Any]) -> dict[str, Any]:
     stages, pp = found.get("stages"), found.get("pp")
     if stages and pp and len(stages) != pp * found.get("vpp", 1):
         raise InvalidInput(f"--fix: stages={value_of(stages)} has {len(stages)} stages, pp={pp}")
+    _check_pairs(found)
     return found
+
+
+def _check_pairs(found: Mapping[str, Any]) -> None:
+    """Raises InvalidInput for parts that contradict each other whatever the model and cluster."""
+    schedule, vpp, zero, group = (found.get(k) for k in ("schedule", "vpp", "zero", "zero_group"))
+    if zero == 0 and group is not None:
+        raise InvalidInput(f"--fix: zero_group={group} without ZeRO, expected zero=1, 2 or 3")
+    expected = {"interleaved": "2 or more", "zb-v": "2"}.get(schedule or "", "1")
+    if schedule and vpp and (vpp < 2 if expected == "2 or more" else str(vpp) != expected):
+        raise InvalidInput(
+            f"--fix: vpp={vpp} with schedule={schedule}, which has {expected} virtual stages on a "
+            "rank"
+        )
+    attention, cp = found.get("attention"), found.get("cp")
+    if cp and attention and (attention == "heads") != (cp == 1):
+        expected = "heads" if cp == 1 else "another than heads"
+        raise InvalidInput(f"--fix: attention={attention} with cp={cp}, expected {expected}")
 
 
 def value_of(stages: tuple[int, ...]) -> str:

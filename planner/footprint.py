@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
 
@@ -187,7 +187,7 @@ def held_state(request: Request, candidate: Candidate, dense: int, experts: int)
         state += _state(
             request.precision, candidate, experts, request.runtime, candidate.expert_shards
         )
-    return state
+    return replace(state, optimizer=0) if request.optimizer_on_host else state
 
 
 def rank_state(

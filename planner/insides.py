@@ -65,13 +65,17 @@ class Insides:
             self._inner[key] = self._priced(candidate, where)
         return self._inner[key]
 
+    def given(self, candidate: Candidate, types: Mapping[str, Annotation]) -> None:
+        """Takes the types of a candidate's blocks, on the tensor axes, as they are given."""
+        self._solved[_key(candidate)] = types, 0.0, "given"
+
     def methods(self) -> list[str]:
         """How every program was solved."""
         return [solved[2] for solved in self._solved.values() if solved is not None]
 
     def solved_for(self, candidate: Candidate) -> Solved | None:
         """The types of a candidate's blocks, None where there are none worth it."""
-        key = (candidate.tp, candidate.micro_batch, candidate.cp)
+        key = _key(candidate)
         if key not in self._solved:
             try:
                 self._solved[key] = self._solve(candidate)
@@ -124,3 +128,8 @@ class Insides:
         for key, solved in like._solved.items():
             if isinstance(key, tuple) and key[0] <= most:
                 self._solved.setdefault(key, solved)
+
+
+def _key(candidate: Candidate) -> tuple[int, int, int]:
+    """What types depend on."""
+    return candidate.tp, candidate.micro_batch, candidate.cp

@@ -12,7 +12,8 @@ import numpy as np
 from ..costmodel.cluster import Cluster
 from ..ir import Infeasible, InvalidInput
 from .request import Request
-from .search import Outcome, Search
+from .search import Search
+from .solving import Outcome
 from .traffic import MOST_NODES
 
 _SLOW_LINKS = 0.9
@@ -42,19 +43,22 @@ def advice_on(request: Request, best: Outcome, anything: bool = False) -> tuple[
     `anything` as `Search` takes it."""
     cluster = request.hardware or request.cluster
     slow = slow_nodes(cluster)
-    found = []
+    lines = []
     for count in dict.fromkeys(n for n in (1, len(slow)) if 0 < n <= len(slow) < cluster.nodes):
         fewer = cluster.without(slow[:count])
         other = Request.on(request.model, fewer, request.workload, request.fix, request.runtime)
         try:
-            outcome = Search(other, anything=anything).run(top=1).outcomes[0]
-        except (InvalidInput, Infeasible):  # the batch, the pins or the memory want all nodes
+            found = Search(other, anything=anything).attempt(top=1, limit=best.seconds)
+        except (InvalidInput, Infeasible):  # the batch or the pins want all nodes
             continue
+        if not found.outcomes:  # the memory does, or nothing is faster
+            continue
+        outcome = found.outcomes[0]
         gain = 1 - outcome.seconds / best.seconds
         if gain > _WORTH:
             nodes = ", ".join(map(str, sorted(slow[:count])))
-            found.append(
+            lines.append(
                 f"without node{'s' if count > 1 else ''} {nodes} a step takes "
                 f"{outcome.seconds:.4g} s, {gain:.1%} less: {outcome.candidate.key}"
             )
-    return tuple(found)
+    return tuple(lines)

@@ -147,5 +147,4 @@ def _mapping(plan: Plan, node_of: tuple[int, ...]) -> NodeMapping | None:
 def _finalist(search: Search, found: Found, at: int) -> Plan:
     """The plan of one of the outcomes, the others its alternatives."""
     order = (found.outcomes[at], *found.outcomes[:at], *found.outcomes[at + 1 :])
-    mesh = search.mesh(order[0].candidate)
-    return build_plan(search.request, mesh, replace(found, outcomes=order))
+    return build_plan(search, replace(found, outcomes=order))

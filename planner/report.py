@@ -1,4 +1,4 @@
-"""A plan in words and tables: what `print(plan)` and `shardwright explain` show."""
+"""Plans, predictions and replans in words, tables and JSON: what `print` and `--json` show."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from ..ir.conversion import LOCAL, steps
 from ..ir.graph import Graph
 from ..ir.plan import Annotation, Plan
 from ..ir.types import I, NdType, S
@@ -23,7 +22,7 @@ GIB = 2**30
 MIB = 2**20
 
 
-def render(*parts: Table | str, width: int = 110) -> str:
+def render(*parts: Table | str, width: int = 130) -> str:
     """Tables and lines as plain text."""
     out = io.StringIO()
     console = Console(file=out, width=width, no_color=True, highlight=False, markup=False)
@@ -43,11 +42,12 @@ def _seconds(value: float) -> str:
     return f"{value:.3f} s" if value >= 1 else f"{value * 1e3:.4g} ms"
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="", header_style="", box=None)
+def table(title: str, *columns: str) -> Table:
+    """An empty table whose first column is text and whose others are numbers."""
+    made = Table(title=title, title_justify="left", title_style="", header_style="", box=None)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    return table
+        made.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    return made
 
 
 def summary(plan: Plan) -> str:
@@ -64,6 +64,7 @@ def summary(plan: Plan) -> str:
         f"  {strategy}, {plan.microbatches} microbatches, {strategy.schedule}",
         f"  step {_seconds(predicted.step_seconds)}   {predicted.tokens_per_second:,.0f} tokens/s"
         f"   MFU {predicted.mfu:.1%}",
+        *_spent(plan),
         f"  lower bound {_seconds(plan.certificate.lower_bound_seconds)}, gap "
         f"{plan.certificate.gap:.1%}: {plan.certificate.solved} configurations solved, "
         f"{plan.certificate.pruned} pruned, {plan.certificate.infeasible} infeasible, "
@@ -73,6 +74,17 @@ def summary(plan: Plan) -> str:
         "",
     ]
     return render("\n".join(lines), _stages(plan), "", _parameters(plan))
+
+
+def _spent(plan: Plan) -> list[str]:
+    """What a step costs or takes, where that was to be least."""
+    certificate = plan.certificate
+    if certificate.objective == "time":
+        return []
+    return [
+        f"  {certificate.objective} of a step {certificate.spent:.5g} {certificate.unit}, at least "
+        f"{certificate.bound:.5g} with any plan"
+    ]
 
 
 def _mapping(plan: Plan) -> list[str]:
@@ -96,7 +108,7 @@ _KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "workspa
 
 def _stages(plan: Plan) -> Table:
     unit, name = (GIB, "GiB") if max(plan.predicted.memory_bytes) >= GIB else (MIB, "MiB")
-    table = _table(
+    shown = table(
         "Stages", "stage", "layers", "recompute", "weights", "grads", "optim", "activ",
         "logits", "work", "buffers", f"total {name}",
     )  # fmt: skip
@@ -108,8 +120,8 @@ def _stages(plan: Plan) -> Table:
             cells.append(f"{plan.predicted.memory_bytes[i] / unit:.1f} of {limit:.1f}")
         else:
             cells = [""] * (len(_KINDS) + 1)
-        table.add_row(str(i), _range(plan, i), _modes(stage.recompute), *cells)
-    return table
+        shown.add_row(str(i), _range(plan, i), _modes(stage.recompute), *cells)
+    return shown
 
 
 def _range(plan: Plan, index: int) -> str:
@@ -128,58 +140,15 @@ def _modes(modes: Iterable[str]) -> str:
 
 
 def _parameters(plan: Plan) -> Table:
-    table = _table("Parameters by block", "parameter", "shape", *plan.tensor_axes)
+    shown = table("Parameters by block", "parameter", "shape", *plan.tensor_axes)
     for block, graph in plan.model.blocks.items():
         annotation = plan.annotations[block]
         count = sum(s.block == block for s in plan.model.segments)
-        table.add_row(f"{block}" + (f" x {count}" if count > 1 else ""))
+        shown.add_row(f"{block}" + (f" x {count}" if count > 1 else ""))
         for name, kind in zip(graph.parameters, annotation.parameters, strict=True):
             shape = "x".join(map(str, graph.values[name].shape({})))
-            table.add_row(f"  {name}", shape, *(str(kind[axis]) for axis in plan.tensor_axes))
-    return table
-
-
-def explain(plan: Plan) -> str:
-    """Where the time and the memory go, what binds, and what the runners-up lose on."""
-    predicted = plan.predicted
-    times = _table("Time of a step", "part", "seconds", "share")
-    for part, seconds in predicted.time.items():
-        share = seconds / predicted.step_seconds
-        times.add_row(part.replace("_", " "), f"{seconds:.4g}", f"{share:.1%}")
-    times.add_row("step", f"{predicted.step_seconds:.4g}", "")
-    fullest = max(range(plan.strategy.pp), key=lambda i: predicted.memory_bytes[i])
-    used = predicted.memory_bytes[fullest] / predicted.memory_limit_bytes
-    binds = [f"What binds: stage {fullest} uses {used:.0%} of the memory"]
-    if any(mode != "none" for stage in plan.stages for mode in stage.recompute):
-        binds.append("memory: some layers are recomputed to fit")
-    bubble = predicted.time.get("pipeline_bubble", 0.0) / predicted.step_seconds
-    if bubble > 0.05:
-        binds.append(f"the batch: {plan.microbatches} microbatches leave a bubble of {bubble:.0%}")
-    others = _table("Runners-up", "strategy", "step s", "GiB")
-    others.add_column("loses")
-    for other in plan.alternatives:
-        shown = "-" if other.step_seconds is None else f"{other.step_seconds:.4g}"
-        gib = f"{other.memory_bytes / GIB:.1f}"
-        others.add_row(str(other.strategy), shown, gib, other.reason)
-    relaxation = ", ".join(f"{n} {how}" for how, n in plan.certificate.relaxation.items())
-    return render(
-        summary(plan), "", times, "", "; ".join(binds), "", _conversions(plan), "",
-        f"Sharding programs solved: {relaxation or 'none'}", "", others, width=150,
-    )  # fmt: skip
-
-
-def _conversions(plan: Plan) -> Table:
-    table = _table(
-        "Collectives per microbatch and block", "block", "value", "conversion", "forward",
-        "backward",
-    )  # fmt: skip
-    for block, graph in plan.model.blocks.items():
-        for value, source, target in conversions(graph, plan.annotations[block]):
-            for step in steps(source, target):
-                axis = plan.mesh[step.axis]
-                if axis.size > 1 and not (step.forward in LOCAL and step.backward in LOCAL):
-                    table.add_row(block, value, str(step), step.forward, step.backward)
-    return table
+            shown.add_row(f"  {name}", shape, *(str(kind[axis]) for axis in plan.tensor_axes))
+    return shown
 
 
 def conversions(graph: Graph, annotation: Annotation) -> list[tuple[str, NdType, NdType]]:
@@ -217,12 +186,12 @@ def prediction_text(found: Prediction) -> str:
     if not found.fits:
         over = (max(found.memory_bytes) - found.memory_limit_bytes) / GIB
         head.append(f"  DOES NOT FIT: the fullest stage is {over:.1f} GiB over the limit")
-    times = _table("Time of a step", "part", "seconds", "share")
+    times = table("Time of a step", "part", "seconds", "share")
     for part, spent in found.time.items():
         if spent:
             times.add_row(part.replace("_", " "), f"{spent:.4g}", f"{spent / seconds:.1%}")
     kinds = list(found.memory[0].to_json())
-    stages = _table("Memory per pipeline rank, GiB", "rank", "layers", *kinds, "total")
+    stages = table("Memory per pipeline rank, GiB", "rank", "layers", *kinds, "total")
     for rank, stage in enumerate(found.memory):
         cells = [f"{value / GIB:.2f}" for value in stage.to_json().values()]
         layers = str(strategy.layers[rank]) if rank < len(strategy.layers) else ""
@@ -254,6 +223,10 @@ def to_json(plan: Plan) -> dict[str, object]:
             "infeasible": certificate.infeasible,
             "seconds": certificate.seconds,
             "relaxation": dict(certificate.relaxation),
+            "objective": certificate.objective,
+            "spent": certificate.spent,
+            "bound": certificate.bound,
+            "unit": certificate.unit,
         },
         "parameters": {
             name: {"stages": stages[name], "sbp": stored(plan.strategy.zero, kind).to_json()}
@@ -267,6 +240,7 @@ def to_json(plan: Plan) -> dict[str, object]:
                 "step_seconds": other.step_seconds,
                 "memory_bytes": other.memory_bytes,
                 "reason": other.reason,
+                "time": dict(other.time),
             }
             for other in plan.alternatives
         ],

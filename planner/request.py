@@ -25,7 +25,8 @@ from .fix import Fix
 @dataclass(frozen=True, slots=True)
 class Request:
     """A planning problem. `cluster` is priced; `hardware`, where the job is priced at the pace of
-    its slowest devices, is the cluster as it is."""
+    its slowest devices, is the cluster as it is. `optimizer_on_host`: the optimizer's state takes
+    no memory of a device."""
 
     model: Model
     cluster: Cluster
@@ -33,6 +34,7 @@ class Request:
     fix: Fix
     runtime: Runtime = field(default_factory=lambda: Runtime.preset("torch"))
     hardware: Cluster | None = None
+    optimizer_on_host: bool = False
 
     @staticmethod
     def on(

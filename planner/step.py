@@ -40,12 +40,14 @@ from .traffic import Slowdown, StageTraffic
 class StepPrice:
     """Seconds of a step by cause (they add up to it), and bytes per pipeline rank.
 
-    `flops` are executed per rank in a step, on average, recomputation included.
+    `flops` are executed per rank in a step, and `busy_seconds` are what it computes for, both on
+    average and with recomputation.
     """
 
     time: Mapping[str, float]
     memory: tuple[StageBytes, ...]
     flops: float
+    busy_seconds: float
 
     @property
     def seconds(self) -> float:
@@ -113,7 +115,8 @@ def price_step(
     transfers = _transfers(request, candidate, stages, boundary)
     time |= (_simulated if exact else _estimated)(request, candidate, stages, ranks, transfers)
     flops = m * sum(s.forward.flops + s.backward.flops for s in stages) / candidate.pp
-    return StepPrice(time, rank_bytes(request, candidate, inners, bounds, modes), flops)
+    busy = m * sum(s.forward.compute_s + s.backward.compute_s for s in stages) / candidate.pp
+    return StepPrice(time, rank_bytes(request, candidate, inners, bounds, modes), flops, busy)
 
 
 def stages_of(

@@ -14,8 +14,7 @@ from ..ir import InvalidInput
 from ..ir.from_dims import expert_binding
 from ..ir.graph import Binding, Graph, Model, bind
 from ..ir.mesh import Axis, Mesh
-from ..ir.plan import Annotation, OpTypes, Plan, Recompute, Stage
-from ..ir.types import NdType
+from ..ir.plan import Annotation, Plan, Recompute, Stage
 from .build import full_annotations, preamble_annotation
 from .request import bounds_of, repeated
 
@@ -36,7 +35,7 @@ def scaled_plan(
         if block not in plan.model.blocks:
             raise InvalidInput(f"block {block}: the plan has {', '.join(plan.model.blocks)}")
         _same_structure(block, plan.model.blocks[block], graph)
-        tensor[block] = _tensor_only(plan, plan.annotations[block])
+        tensor[block] = plan.annotations[block].on(plan.tensor_axes)
         _check_division(block, graph, tensor[block], mesh, binding)
     pp = mesh["pp"].size
     strategy = replace(
@@ -61,17 +60,6 @@ def scaled_plan(
         stages=stages,
         workload=workload,
     )
-
-
-def _tensor_only(plan: Plan, types: Annotation) -> Annotation:
-    """An annotation without the data axis."""
-    keep = set(plan.tensor_axes)
-
-    def cut(kinds: tuple[NdType, ...]) -> tuple[NdType, ...]:
-        return tuple(NdType(tuple((a, k) for a, k in kind if a in keep)) for kind in kinds)
-
-    ops = {n: OpTypes(cut(t.operands), cut(t.results)) for n, t in types.ops.items()}
-    return Annotation(cut(types.inputs), cut(types.parameters), ops, cut(types.outputs))
 
 
 def _same_structure(block: str, planned: Graph, small: Graph) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from shardwright.cli import app, main
+from shardwright.planner.solving import Solving
 
 RUNNER = CliRunner()
 SMALL = ["--cluster", "h100-sxm:1", "--global-batch", "16", "--seq-len", "2048"]
@@ -103,6 +105,78 @@ def test_list_names_presets() -> None:
 )  # fmt: skip
 def test_bad_input_is_one_line(arguments: list[str], said: str) -> None:
     assert said in fails(2, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("fix", "said"),
+    [
+        ("zero=0,zero_group=4", "zero_group=4 without ZeRO"),
+        ("schedule=1f1b,vpp=2", "vpp=2 with schedule=1f1b, which has 1"),
+        ("schedule=zb-v,vpp=3", "vpp=3 with schedule=zb-v, which has 2"),
+        ("schedule=interleaved,vpp=1", "which has 2 or more"),
+        ("cp=2,attention=heads", "attention=heads with cp=2"),
+        ("tp=8,pp=4", "32 does not make up the cluster's 8 devices"),
+        ("stages=16-15", "adds up to 31 layers"),
+        ("zero=1,zero_group=3", "no configuration of 8 devices has all of zero=1, zero_group=3"),
+        ("ep=4", "has no experts"),
+        ("cp=2,attention=tokenring", "attention=tokenring is not planned yet"),
+    ],
+)
+def test_parts_that_contradict_are_one_line(fix: str, said: str) -> None:
+    assert said in fails(2, "plan", "llama-3.1-8b", *SMALL, "--fix", fix)
+
+
+def test_an_objective_needs_figures(tmp_path: Path) -> None:
+    dear = ["plan", "llama-3.1-8b", *SMALL, "--objective"]
+    assert "h100-sxm has no price_per_hour" in fails(2, *dear, "cost")
+    assert "expected one of time, cost, energy" in fails(2, *dear, "money")
+    found = run(*dear, "energy", "--json", "--top", "1")
+    certificate = json.loads(found.stdout)["certificate"]
+    assert certificate["objective"] == "energy" and certificate["unit"] == "J"
+    assert 0 < certificate["bound"] <= certificate["spent"]
+    where = tmp_path / "cluster.yaml"
+    where.write_text(
+        "name: none\ndevice: h100-sxm\ndevices_per_node: 8\n"
+        "islands: [{name: a, nodes: 1}, {name: b, nodes: 0, device: v100}]\n"
+        "levels: [{name: n, span_devices: cluster, latency_s: 1.0e-6, "
+        "bandwidth_bytes_per_s: 1.0e+11}]\n"
+    )
+    arguments = ["--cluster", str(where), "--global-batch", "8", "--seq-len", "2048"]
+    assert "islands[1].nodes is 0" in fails(2, "plan", "llama-3.1-8b", *arguments)
+
+
+def test_an_interrupted_search_prints_the_best_so_far(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    solve, calls = Solving.solve, []
+
+    def interrupted(self: Solving, *arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return solve(self, *arguments)
+
+    monkeypatch.setattr(Solving, "solve", interrupted)
+    path = tmp_path / "plan.json"
+    result = run("plan", "llama-3.1-8b", *SMALL, "-o", str(path))
+    assert result.exit_code == 0, result.output
+    assert "the search was interrupted" in result.stdout and "gap" in result.stdout
+    certificate = json.loads(path.read_text())["certificate"]
+    assert certificate["solved"] <= 2 and certificate["gap"] >= 0
+    calls.clear()
+    monkeypatch.setattr(Solving, "solve", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    nothing = run("plan", "llama-3.1-8b", *SMALL, "-o", str(tmp_path / "none.json"))
+    assert nothing.exit_code == 130 and "interrupted" in nothing.stderr
+    assert not (tmp_path / "none.json").exists()
+
+
+def test_explanations_for_scripts(plan_file: Path) -> None:
+    data = json.loads(run("explain", str(plan_file), "--json").stdout)
+    assert data["binds"][0].keys() == {"what", "saves"}
+    whats = {change["what"] for change in data["sensitivity"]}
+    assert {"arithmetic of the devices", "memory", "memory bandwidth", "global batch"} <= whats
+    assert any(what.startswith("links of level") for what in whats)
+    assert all({"strategy", "loses", "reason"} <= each.keys() for each in data["alternatives"])
 
 
 def test_a_batch_that_no_layout_divides() -> None:

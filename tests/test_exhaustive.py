@@ -27,6 +27,6 @@ def test_equals_all_plans_one_by_one(seed: int, monkeypatch: pytest.MonkeyPatch)
         return
     found = search.run(top=1)
     assert found.outcomes[0].seconds == pytest.approx(best.seconds, rel=1e-9)
-    assert found.bound_seconds <= best.seconds * (1 + 1e-9)
+    assert found.bound <= best.seconds * (1 + 1e-9)
     fullest = max(stage.total for stage in found.outcomes[0].memory)
     assert fullest <= request.limit_bytes

@@ -20,7 +20,7 @@ from shardwright.planner.candidates import candidates, unemittable
 from shardwright.planner.costs import ModelCosts
 from shardwright.planner.inner import evaluate
 from shardwright.planner.sbp_program import solve
-from shardwright.planner.search import Outcome
+from shardwright.planner.solving import Outcome
 
 LAYER = "model.layers.0."
 
@@ -100,8 +100,8 @@ def test_what_a_typing_costs_is_the_objective(model: Model) -> None:
     axes = (mesh["tp0"], mesh["tp1"])
     binding = {"b": 1, "s": 4096}
     costs = ModelCosts(request.cluster, mesh, axes, binding, request.precision, model.blocks)
-    found = solve(search.insides.chain, axes, binding, costs)
-    total = sum(evaluate(search.insides.chain, found.annotations, costs).values())
+    found = solve(search.solving.insides.chain, axes, binding, costs)
+    total = sum(evaluate(search.solving.insides.chain, found.annotations, costs).values())
     assert total == pytest.approx(found.objective, rel=1e-9)
 
 
@@ -113,12 +113,12 @@ def test_best_first_finds_what_exhaustion_finds(model: Model) -> None:
         outcome
         for candidate in candidates(request)
         if unemittable(candidate) is None
-        and exhaustive.inners(candidate) is not None
-        and isinstance(outcome := exhaustive.solve(candidate), Outcome)
+        and exhaustive.solving.inners(candidate) is not None
+        and isinstance(outcome := exhaustive.solving.solve(candidate), Outcome)
     ]
     best = min(outcome.seconds for outcome in every)
     assert found.outcomes[0].seconds <= best * 1.001
-    assert found.bound_seconds <= best
+    assert found.bound <= best
     assert found.pruned > 0
     for outcome in every:  # the bounds that prune are below what they bound
         (floor,) = variant_floors(request, [outcome.candidate], outcome.inners)

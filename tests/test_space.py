@@ -25,7 +25,7 @@ from shardwright.planner.alike import Alike
 from shardwright.planner.bounds import variant_floors
 from shardwright.planner.candidates import Candidate, heads, unemittable, variants
 from shardwright.planner.request import Layers
-from shardwright.planner.search import Outcome
+from shardwright.planner.solving import Outcome
 from shardwright.planner.stages import Cut, Rank, SegmentTable
 from shardwright.planner.virtual_stages import cut_virtual, layers_before
 
@@ -82,15 +82,15 @@ def test_bounds_of_variants_are_below_what_they_bound(
     every = heads(request)
     rng = np.random.default_rng(seed)
     for at in rng.permutation(len(every))[:6]:
-        inners, options = search.inners(every[at]), variants(request, every[at])
+        inners, options = search.solving.inners(every[at]), variants(request, every[at])
         if inners is None:
             continue
         floors = variant_floors(request, options, inners)
         for i in rng.permutation(len(options))[:6]:
-            outcome = search.solve(options[i])
+            outcome = search.solving.solve(options[i])
             if not isinstance(outcome, Outcome):
                 continue
-            simulated = search._placed(outcome, search=False)
+            simulated = search.solving.placed(outcome, search=False)
             assert floors[i] <= simulated.seconds * (1 + 1e-9), options[i].key
             assert outcome.floor_seconds <= simulated.seconds * (1 + 1e-9), options[i].key
             fullest = max(stage.total for stage in outcome.memory)
@@ -210,7 +210,7 @@ def test_an_interrupted_search_returns_the_best_so_far(dense: Model) -> None:
     found = Search(request, anything=True).run(progress=stop)
     whole = Search(request, anything=True).run(top=1)
     assert found.interrupted and not whole.interrupted
-    assert found.bound_seconds <= whole.outcomes[0].seconds <= found.outcomes[0].seconds
+    assert found.bound <= whole.outcomes[0].seconds <= found.outcomes[0].seconds
     with pytest.raises(KeyboardInterrupt):
         Search(request).run(progress=lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
 

@@ -41,7 +41,7 @@ def layout_plan(
     request = Request(model, cluster, workload, fix)
     search = Search(request)
     found = search.run(top=1)
-    return build_plan(request, search.mesh(found.outcomes[0].candidate), found)
+    return build_plan(search, found)
 
 
 def verify_layouts(
