@@ -219,14 +219,17 @@ def replan(
     gained: int = 0,
     steps: int = 1000,
     fix: str | Mapping[str, Any] | None = None,
+    repair_seconds: float | None = None,
 ) -> Replanned:
     """The best plan for the next `steps` steps after nodes were lost and `gained` others joined.
 
     Nodes count as in the plan's cluster. The way there is worked out (which part of which parameter
-    goes from where to where) and counted; the global batch stays. `fix` as for `plan`. Raises
-    InvalidInput for nodes that are not there, Infeasible where nothing fits what is left.
+    goes from where to where) and counted; the global batch stays. `fix` as for `plan`. `wait` of
+    the result sets it beside waiting `repair_seconds` for the lost nodes; without these it says
+    above how many the new plan wins. Raises InvalidInput for nodes that are not there, Infeasible
+    where nothing fits what is left.
     """
-    found = _planner.replan(plan, lost, gained, steps, _planner.Fix.parse(fix))
+    found = _planner.replan(plan, lost, gained, steps, _planner.Fix.parse(fix), repair_seconds)
     return replace(found, plan=Plan._of(found.plan))
 
 

@@ -268,9 +268,14 @@ def replan(
     lost: Annotated[list[int] | None, typer.Option(help="Nodes that are gone: --lost 3 7")] = None,
     gained: Annotated[int, typer.Option(help="Nodes of the same kind that joined")] = 0,
     steps: Annotated[int, typer.Option(help="Steps that the new plan is for")] = 1000,
+    repair_seconds: Annotated[
+        float | None, typer.Option(help="Seconds until the lost nodes would be back")
+    ] = None,
     fix: Fixed = "",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Plan file")] = None,
-    moves: Annotated[Path | None, typer.Option(help="Moves, a line of JSON each")] = None,
+    moves: Annotated[
+        Path | None, typer.Option(help="Moves, a line of JSON each after the first")
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -285,12 +290,12 @@ def replan(
             gained=gained,
             steps=steps,
             fix=fix,
+            repair_seconds=repair_seconds,
         )
         new = found.plan
         assert isinstance(new, Plan)
         if moves is not None:  # first: a plan without its moves is of no use
-            lines = (json.dumps(move.to_json()) + "\n" for move in found.migration.moves)
-            write_whole(moves, "".join(lines), "moves")
+            write_whole(moves, found.moves_text(), "moves")
         if output is not None:
             new.save(output)
         if as_json:

@@ -1,6 +1,6 @@
 """The search beside peers and bounds: whole plans, Piper's program, mapping by links, replanning.
 
-    python benchmarks/search.py [--part plans|exact|pipeline|free|islands|mapping|replan]
+    python benchmarks/search.py [--part plans|galvatron|exact|pipeline|free|islands|mapping|replan]
 
 CPU seconds of this machine throughout.
 """
@@ -13,14 +13,15 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from annealing import annealed, job, measured_links
 from exhaustive import best_of_all, instance
 from free_search import compared
+from holmes import GPT_3_6B, show_islands
 from numpy.typing import NDArray
 from piper import read_piper
 from plan_time import Case, run, with_layers
@@ -28,8 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 import shardwright as sw
+from shardwright.costmodel import what_if
 from shardwright.planner import Search, best_stages
-from shardwright.planner.mapping import Flow, flow_seconds, map_places
+from shardwright.planner.mapping import map_places
 
 Array = NDArray[np.float64]
 
@@ -46,6 +48,8 @@ ANY = ("--backend", "any", "--top", "1")
 def plans(console: Console) -> None:
     """Whole processes from the interpreter's start to the printed plan, tracing included."""
     with TemporaryDirectory() as temporary:
+        h800 = str(Path(temporary) / "h800.yaml")
+        what_if.with_level(sw.Cluster.preset("h100-sxm", nodes=256), 0, H800_NVLINK).save(h800)
         deep = [with_layers("llama-3.1-8b", layers, Path(temporary)) for layers in (100, 1000)]
         cases = [
             Case("Llama-3.1-405B, 16,384 H100", "llama-3.1-405b", "h100-sxm:2048", 2048, 60, None,
@@ -58,8 +62,8 @@ def plans(console: Console) -> None:
                  options=ANY),
             Case("GPT-3 175B, 1,024 A100", "gpt3-175b", "a100-80g:128", 1536, 20, None,
                  seq_len=2048, options=ANY),
-            Case("DeepSeek-V3, 2,048 H100", "deepseek-v3", "h100-sxm:256", 8192, 60, None,
-                 seq_len=4096, options=ANY),
+            Case("DeepSeek-V3, 2,048 H800", "deepseek-v3", h800, 8192, 60, None, seq_len=4096,
+                 options=ANY),
             Case("8B dims, 100 layers, 1,024 H100", deep[0], "h100-sxm:128", 1024, None, None,
                  options=ANY),
             Case("8B dims, 1,000 layers, 1,024 H100", deep[1], "h100-sxm:128", 1024, None, None,
@@ -91,6 +95,8 @@ def plans(console: Console) -> None:
     console.print(table)
 
 
+H800_NVLINK = 400 / 900
+"""Of an H100's NVLink: 400 GB/s instead of 900, both directions together (NVIDIA's data sheets)."""
 SHOWN = ("pp", "vpp", "dp", "cp", "tp", "ep", "etp", "zero", "zero_group", "micro_batch",
          "schedule", "recompute")  # fmt: skip
 LLAMA_2_7B = {
@@ -106,6 +112,41 @@ def _config_file(folder: Path, config: dict[str, object]) -> str:
     path = folder / "config.json"
     path.write_text(json.dumps(config))
     return str(path)
+
+
+def galvatron(console: Console) -> None:
+    """Galvatron's plan for Llama-2-7B on 8 A100 beside ours, both in our model. Its plan has 27
+    layers under ZeRO-3 and 5 under ZeRO-2, all recomputed: no layer can do better than under
+    ZeRO-2, and no microbatch better than the best of those that divide."""
+    work = sw.Workload(64, 2048)
+    with TemporaryDirectory() as temporary:
+        model = sw.trace(_config_file(Path(temporary), LLAMA_2_7B))
+    base = sw.Cluster.preset("a100-40g", nodes=1)
+    device = base.device.model_copy(
+        update={"memory_bytes": int(GALVATRON_BYTES) + base.device.reserve_bytes}
+    )
+    where = base.with_device(device)
+    plan = sw.plan(model, where, work, top=1)
+    table = Table("plan", "step s", "GiB", "CPU s", title="Llama-2-7B, 8 A100 of 36 GB, 64 x 2,048")
+    table.add_row(
+        f"ours: {plan.strategy}", f"{plan.predicted.step_seconds:.3f}",
+        f"{max(plan.predicted.memory_bytes) / 2**30:.1f}", f"{plan.certificate.seconds:.1f}",
+    )  # fmt: skip
+    for zero in (2, 3):
+        found = [
+            sw.predict(model, where, work, f"dp=8,zero={zero},micro_batch={b},recompute=full")
+            for b in (1, 2, 4, 8)
+        ]
+        best = min(found, key=lambda each: each.step_seconds)
+        table.add_row(
+            f"Galvatron's, all layers zero={zero}: {best.strategy}", f"{best.step_seconds:.3f}",
+            f"{max(best.memory_bytes) / 2**30:.1f}", "",
+        )  # fmt: skip
+    console.print(table)
+
+
+GALVATRON_BYTES = 36e9
+"""Of a device, that its plan may use."""
 
 
 def exact(console: Console) -> None:
@@ -202,100 +243,9 @@ RUNS = Path(__file__).resolve().parents[2] / "shared" / "data" / "published_runs
 
 def islands(console: Console) -> None:
     """Holmes: islands joined by Ethernet alone, and islands of other devices."""
-    work = sw.Workload(256, 2048)
     with TemporaryDirectory() as temporary:
         model = sw.trace(_config_file(Path(temporary), GPT_3_6B))
-    base = sw.Cluster.preset("a100-80g", nodes=4)
-
-    def where(rate: float, **changes: object) -> sw.Cluster:
-        levels = [level.model_dump() for level in base.levels]
-        levels[-1]["bandwidth_bytes_per_s"] = rate
-        return sw.Cluster(**{**base.model_dump(), "curves": (), "levels": levels, **changes})
-
-    outer = {"name": base.levels[-1].name, "bandwidth_bytes_per_s": ROCE}
-    halves = [{"name": "infiniband", "nodes": 2}, {"name": "roce", "nodes": 2, "levels": [outer]}]
-    joint = [{"islands": ("infiniband", "roce"), "bandwidth_bytes_per_s": ETHERNET}]
-    old = [{"name": "new", "nodes": 2}, {"name": "old", "nodes": 2, "device": "v100"}]
-    half = sw.Workload(256, 2048, precision="fp16")
-    cases = [
-        ("(a) all InfiniBand", where(INFINIBAND), work, ""),
-        ("(b) all RoCE", where(ROCE), work, ""),
-        ("(c) all Ethernet", where(ETHERNET), work, ""),
-        ("(d) InfiniBand + RoCE, Ethernet between", where(INFINIBAND, islands=halves, pairs=joint),
-         work, ""),
-        ("A100 + V100, fp16", where(INFINIBAND, islands=old), half, ""),
-        ("the same, pp=2", where(INFINIBAND, islands=old), half, "pp=2"),
-        ("the same, even stages", where(INFINIBAND, islands=old), half, "pp=2,stages=15-15"),
-        ("the same, no pipeline", where(INFINIBAND, islands=old), half, "pp=1"),
-    ]  # fmt: skip
-    table = Table("cluster", "plan", "layers", "step s", "gap", "CPU s",
-                  title="GPT 3.6B on 4 nodes of 8, batch 256 x 2,048")  # fmt: skip
-    for name, cluster, what, fix in cases:
-        began = time.process_time()
-        plan = sw.plan(model, cluster, what, fix=fix, top=1)
-        table.add_row(
-            name, str(plan.strategy), "-".join(map(str, plan.strategy.layers)),
-            f"{plan.predicted.step_seconds:.3f}", f"{plan.certificate.gap:.1%}",
-            f"{time.process_time() - began:.1f}",
-        )  # fmt: skip
-    console.print(table)
-
-
-INFINIBAND, ROCE, ETHERNET = 25e9, 20e9, 0.4e9
-"""Bytes per second and device: 200 Gb/s each, less over RoCE; 25 Gb/s for a node."""
-GPT_3_6B = {
-    "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 3072, "n_layer": 30,
-    "n_head": 32, "n_positions": 2048, "vocab_size": 51200, "resid_pdrop": 0.0,
-    "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-}  # fmt: skip
-"""Holmes's smallest model (Yang et al. 2023, arXiv:2312.03549, table 2)."""
-
-
-def measured_links(nodes: int, seed: int, slow: float = 0.1, noise: float = 0.02) -> Array:
-    """Slownesses as pairwise captures look: 2 % of noise, a tenth of the links degraded."""
-    rng = np.random.default_rng(seed)
-    rate = 1 + noise * rng.standard_normal((nodes, nodes))
-    degraded = rng.random((nodes, nodes)) < slow
-    rate = np.where(degraded, rate * rng.uniform(0.3, 0.8, (nodes, nodes)), rate)
-    found = 1 / np.minimum(rate, rate.T)
-    np.fill_diagonal(found, 0.0)
-    return found
-
-
-def job(pp: int, dp: int) -> list[Flow]:
-    """Rings of data-parallel nodes, and what stages hand on: both matter."""
-    rings = np.array([(s * dp + d, s * dp + (d + 1) % dp) for s in range(pp) for d in range(dp)])
-    flows = [Flow("data", rings, np.full(len(rings), 0.05))] if dp > 1 else []
-    for s in range(pp - 1):
-        ends = np.array([(s * dp + d, (s + 1) * dp + d) for d in range(dp)])
-        flows.append(Flow(f"boundary {s}", ends, np.full(dp, 0.01)))
-    return flows
-
-
-def cost(flows: Sequence[Flow], node_of: Sequence[int], slowness: Array) -> float:
-    """The sum over flows of their worst links."""
-    return sum(float(flow_seconds(flow, node_of, slowness).max()) for flow in flows)
-
-
-def annealed(flows: Sequence[Flow], slowness: Array, seconds: float) -> float:
-    """Simulated annealing over exchanges of two nodes, restarted when it has cooled down."""
-    rng = np.random.default_rng(1)
-    nodes, began, best = len(slowness), time.process_time(), np.inf
-    while time.process_time() - began < seconds:
-        where = rng.permutation(nodes)
-        now = cost(flows, where, slowness)
-        for temperature in np.geomspace(0.03 * now, 1e-5 * now, 8000):
-            i, k = rng.integers(nodes, size=2)
-            where[[i, k]] = where[[k, i]]
-            other = cost(flows, where, slowness)
-            if other <= now or rng.random() < np.exp((now - other) / temperature):
-                now = other
-            else:
-                where[[i, k]] = where[[k, i]]
-            best = min(best, now)
-        if time.process_time() - began >= seconds:
-            break
-    return float(best)
+    show_islands(model, console)
 
 
 def mapping(console: Console) -> None:
@@ -332,11 +282,12 @@ def mapping(console: Console) -> None:
 
 
 def replan(console: Console) -> None:
-    """A job of 96 devices loses a node."""
+    """A job of 96 devices loses a node. CPU seconds are of the replan alone: imports and the plan
+    before are done."""
     work = sw.Workload(global_batch=960, seq_len=4096)
     plan = sw.plan("llama-3.1-8b", "h100-sxm:12", work, fix="pp=3,tp=4,dp=8")
     table = Table(
-        "search", "new plan", "nodes", "step s", "moved GB", "checkpoint GB", "above bound",
+        "search", "new plan", "nodes", "step s", "moved GB", "checkpoint GB", "bound GB", "above",
         "CPU s", title="llama-3.1-8b, 12 nodes of 8 H100, pp=3 tp=4 dp=8, without node 5",
     )  # fmt: skip
     for fix in ("", "tp=4"):
@@ -347,13 +298,16 @@ def replan(console: Console) -> None:
         table.add_row(
             fix or "free", str(found.plan.strategy), str(found.plan.cluster["nodes"]),
             f"{found.plan.predicted.step_seconds:.3f}", f"{moved.moved_bytes / 1e9:.1f}",
-            f"{moved.lost_bytes / 1e9:.1f}", f"{total / moved.bound_bytes - 1:.1%}", f"{took:.1f}",
+            f"{moved.lost_bytes / 1e9:.1f}", f"{moved.bound_bytes / 1e9:.1f}",
+            f"{total / moved.bound_bytes - 1:.1%}", f"{took:.1f}",
         )  # fmt: skip
     console.print(table)
 
 
-PARTS = {"plans": plans, "exact": exact, "pipeline": pipeline, "free": free, "islands": islands,
-         "mapping": mapping, "replan": replan}  # fmt: skip
+PARTS = {
+    part.__name__: part
+    for part in (plans, galvatron, exact, pipeline, free, islands, mapping, replan)
+}
 
 
 def main() -> None:

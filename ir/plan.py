@@ -146,13 +146,15 @@ class NodeMapping:
     """Which physical node takes which place of the job: `node_of[place]`, a place being the next
     `devices_per_node` ranks. What communication between nodes takes so, what it takes with places
     on nodes in order, and a bound below every mapping: seconds of a step with nothing hidden, 0
-    where nodes were placed for what they hold (`replan`).
+    where nodes were placed for what they hold (`replan`). `ranks[i]` is the rank that the
+    launcher's process i takes; empty: its own.
     """
 
     node_of: tuple[int, ...]
     seconds: float
     in_order_seconds: float
     bound_seconds: float
+    ranks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

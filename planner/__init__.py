@@ -25,6 +25,7 @@ fewer_nodes      on how many nodes a job spends least
 request, fix     what is asked for, what is fixed, pins
 sites            the parts of a cluster that pipeline ranks lie on
 mapping          which node takes which place of a job
+rank_order       which rank of a plan takes which device, for what is there already
 traffic          what a configuration sends between nodes
 step             the price of a step: stages, schedule, what happens once, memory
 predict          the price of a given configuration, without a search
@@ -32,6 +33,7 @@ leave_out        whether a job is faster without its slow nodes
 holdings         what every rank of a plan keeps from step to step
 migration        moving a running job from one plan to another
 replan           the best plan after nodes were lost or joined, the way there included
+waiting          a new plan beside waiting for the repair
 sensitivity      what a step would take if one thing were different
 build, report    the plan, and the plan in words
 explain          where time and memory go, what binds, what the runners-up lose

@@ -26,7 +26,7 @@ from ..costmodel.pipeline import halved_paces, least_paces, least_passes
 from ..costmodel.steptime import accumulation_seconds, optimizer_step_seconds
 from ..ir.plan import Recompute, ScheduleName
 from .candidates import Candidate, placement_of
-from .footprint import Parameters, gathered_bytes, held_state, in_flight
+from .footprint import Parameters, gathered_bytes, held_state, in_flight_by_rank
 from .inner import Inner
 from .request import Request, repeated
 from .stages import PipelineFloor
@@ -88,7 +88,7 @@ def floor_of(candidate: Candidate, shares: Shares, transfer_s: float) -> Pipelin
         passes = passed + (1 / np.sum(1 / paces) if (paces > 0).all() else 0.0)
         sent = 2 * (pp - 1) * transfer_s
         return PipelineFloor(m, float(passes), paces, passed, sent, excess)
-    rounds = 1 + (m - 1) // pp
+    rounds = 1 if candidate.schedule == "gpipe" else 1 + (m - 1) // pp
     return PipelineFloor(
         m, least_passes(pp, m, shares.forward), least_paces(pp, m, shares.forward), 1.0,
         2 * (pp - 1) * rounds * transfer_s, excess,
@@ -96,11 +96,14 @@ def floor_of(candidate: Candidate, shares: Shares, transfer_s: float) -> Pipelin
 
 
 def variant_floors(
-    request: Request, options: Sequence[Candidate], inners: Sequence[Inner]
+    request: Request,
+    options: Sequence[Candidate],
+    inners: Sequence[Inner],
+    enough_s: float = float("inf"),
 ) -> Array:
     """A lower bound for each of `options`, which differ in schedule, ZeRO and its group alone;
     `inners` are the insides of blocks as each pipeline rank has them. inf where memory is too
-    small for any cut."""
+    small for any cut. What lies above `enough_s` is not worked out: it is given as that."""
     parts = {id(inner): _Load.of(request, options, inner) for inner in distinct_of(inners)}
     loads = [parts[id(inner)] for inner in inners]
     fluid = _Fluid(request, options, inners, loads)
@@ -112,11 +115,15 @@ def variant_floors(
     ])  # fmt: skip
     high = 2.5 * low
     never = ~fluid.takes_all(np.full(len(options), np.inf))
-    for _ in range(_HALVINGS):
+    late = never.copy()
+    if enough_s < np.inf and not never.all():
+        late |= ~fluid.takes_all(enough_s + fluid.excess_s - fluid.afterwards_s)
+    for _ in range(0 if late.all() else _HALVINGS):
         middle = (low + high) / 2
         enough = fluid.takes_all(middle)
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
-    return np.where(never, np.inf, low - fluid.excess_s + fluid.afterwards_s)
+    floors = low - fluid.excess_s + fluid.afterwards_s
+    return np.where(never, np.inf, np.where(late, np.maximum(floors, enough_s), floors))
 
 
 def afterwards_seconds(request: Request, candidate: Candidate, inner: Inner) -> float:
@@ -288,9 +295,7 @@ class _Fluid:
         self.passed = np.array([floor.share for floor in floors])
         schedules = {(each.schedule, each.vpp): each for each in options}
         column = [list(schedules).index((each.schedule, each.vpp)) for each in options]
-        held = np.array([
-            [in_flight(each, rank) for rank in range(self.pp)] for each in schedules.values()
-        ])  # fmt: skip
+        held = np.array([in_flight_by_rank(each) for each in schedules.values()])
         self.in_flight = held.T[:, column]
         layer, blocks = commonest_block(request), [s.block for s in request.model.segments]
         self.wanted = float(blocks.count(layer))

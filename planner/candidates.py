@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import gcd, prod
 
-from ..costmodel.collectives import Group
+from ..costmodel.collectives import Group, collective_seconds
 from ..ir import InvalidInput
 from ..ir.graph import Model, bind
 from ..ir.optable import TABLE
@@ -16,14 +16,18 @@ from ..ir.schedule_rows import schedule_placement
 from .request import Request, pinned_stages, repeated
 
 MAX_MICRO_BATCH = 16
-"""Sequences per microbatch beyond which the search does not go unless told to: kernels have long
-reached their peak, and activations only grow."""
+MAX_MICRO_TOKENS = 65536
+"""Sequences per microbatch, and tokens where sequences are short, beyond which the search does not
+go unless told to: kernels have long reached their peak, and activations only grow."""
 LEAST_TOKENS = 1024
 """Tokens of a sequence that a rank keeps at least: the search goes no further with context
 parallelism unless told to."""
 MOST_VIRTUAL_STAGES = 8
 """Virtual stages of a rank up to which the search goes unless told to: each sends every microbatch
 once more."""
+SLOW_LINKS = 0.1
+"""Of a stage's work: from here on what stages hand on can keep them waiting, and GPipe is looked at
+beside 1F1B."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -222,7 +226,8 @@ def _micro_batches(request: Request, per_rank: int) -> list[int]:
     fixed = request.fix.micro_batch
     if fixed is not None:
         return [fixed] if per_rank % fixed == 0 else []
-    return [d for d in divisors(per_rank) if d <= MAX_MICRO_BATCH]
+    most = max(MAX_MICRO_BATCH, MAX_MICRO_TOKENS // request.workload.seq_len)
+    return [d for d in divisors(per_rank) if d <= most]
 
 
 def _contexts(
@@ -274,8 +279,10 @@ def schedules(request: Request, head: Candidate) -> Iterator[tuple[ScheduleName,
     if 2 * pp <= layers + 2:
         every.append(("zb-v", 2))
     for schedule, vpp in every:
-        if fix.schedule is None and (schedule == "gpipe" or (pp == 1 and schedule != "1f1b")):
-            continue  # GPipe takes as long as 1F1B and holds more
+        if fix.schedule is None and pp == 1 and schedule != "1f1b":
+            continue
+        if fix.schedule is None and schedule == "gpipe" and not _waits_for_links(request, head):
+            continue  # it takes as long as 1F1B and holds more
         if fix.schedule not in (None, schedule) or fix.vpp not in (None, vpp):
             continue
         if fix.vpp is None and schedule == "interleaved" and (
@@ -285,6 +292,20 @@ def schedules(request: Request, head: Candidate) -> Iterator[tuple[ScheduleName,
         if vpp > 1 and any(pin.target == "stage" for pin in request.model.pins):
             continue
         yield schedule, vpp
+
+
+def _waits_for_links(request: Request, head: Candidate) -> bool:
+    """Whether handing an activation on and its gradient back takes so long beside a stage's work
+    on a microbatch that it pays to have more of them under way than 1F1B has: `SLOW_LINKS` of the
+    FLOPs at the device's peak."""
+    model, workload = request.model, request.workload
+    graph = model.blocks[model.segments[repeated(model).first].block]
+    binding = {"b": head.micro_batch, "s": workload.seq_len // head.cp}
+    elements = max(prod(graph.values[name].shape(binding)) for name in graph.outputs)
+    carried = elements * request.precision.compute_bytes / head.tp
+    sent = collective_seconds(request.cluster, "send", carried, head.pipe)
+    step = request.least_flops_per_step / request.peak_flops_per_s
+    return 2 * sent > SLOW_LINKS * step / head.microbatches
 
 
 def _zero_stages(request: Request, head: Candidate) -> Iterator[tuple[int, int]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from math import prod
 
 from ..costmodel.memory import (
@@ -24,8 +23,7 @@ from ..costmodel.runtime import Runtime
 from ..costmodel.shards import local_shape
 from ..ir.mesh import Mesh
 from ..ir.optable import TABLE
-from ..ir.plan import Recompute, ScheduleName
-from ..ir.schedule_rows import schedule_table
+from ..ir.plan import Recompute
 from .candidates import Candidate, placement_of
 from .inner import Inner
 from .request import Request
@@ -279,21 +277,22 @@ def _product_shapes(
 
 def in_flight(candidate: Candidate, rank: int) -> float:
     """Microbatches whose activations a rank holds at once, of its whole share of the model."""
+    return in_flight_by_rank(candidate)[rank]
+
+
+def in_flight_by_rank(candidate: Candidate) -> tuple[float, ...]:
+    """The same of every pipeline rank; what only waits for gradients of weights counts whole. 1F1B
+    holds what passes the ranks behind it, zero-bubble schedules as much on every rank (read off
+    their tables: `tests/test_footprint.py`)."""
     pp, m, v = candidate.pp, candidate.microbatches, candidate.vpp
+    ranks = range(pp)
     if candidate.schedule == "gpipe":
-        return m
-    if candidate.schedule in ("zb-h1", "zb-v"):
-        return _held(candidate.schedule, pp, min(m, 4 * pp), v, rank)
+        return (m,) * pp
+    if candidate.schedule == "zb-h1":
+        return (min(m, pp),) * pp
+    if candidate.schedule == "zb-v":
+        return tuple(min(pp, m, (m + 1 + rank) / 2) for rank in ranks)
     if v == 1:
-        return min(m, pp - rank)
+        return tuple(min(m, pp - rank) for rank in ranks)
     # interleaved: 2·(pp - rank - 1) + (v - 1)·pp + 1 virtual stages (arXiv:2205.05198, appendix A)
-    return min(m * v, 2 * (pp - rank - 1) + (v - 1) * pp + 1) / v
-
-
-@lru_cache(maxsize=4096)
-def _held(schedule: ScheduleName, pp: int, microbatches: int, vpp: int, rank: int) -> float:
-    """The same read off the schedule; more microbatches than a few rounds change nothing. What
-    only waits for gradients of weights counts whole."""
-    whole, half = schedule_table(schedule, pp, microbatches, vpp).held(rank)
-    held = whole + half
-    return float(int(held.sum(axis=1).max()) / held.shape[1])
+    return tuple(min(m * v, 2 * (pp - rank - 1) + (v - 1) * pp + 1) / v for rank in ranks)

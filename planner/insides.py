@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from ..costmodel.cluster import Cluster
 from ..ir import Infeasible
 from ..ir.from_dims import expert_binding
+from ..ir.graph import Binding, Graph
 from ..ir.mesh import Mesh
+from ..ir.optable import TABLE
 from ..ir.plan import Annotation, Recompute
 from .candidates import Candidate
 from .chain import Chain
@@ -17,6 +19,7 @@ from .costs import ModelCosts
 from .inner import MODES, Inner, chosen_types, inner_of, splits_anything, sub_axes
 from .linear_program import Solver
 from .request import Request, pinned_types
+from .signatures import nd_signatures
 
 Solved = tuple[Mapping[str, Annotation], float, str]
 """Types, the least seconds that any types take, how the program was solved."""
@@ -38,6 +41,7 @@ class Insides:
     _solved: dict[Hashable, Solved | None] = field(default_factory=dict)
     _costs: dict[Hashable, ModelCosts] = field(default_factory=dict)
     _inner: dict[Hashable, Inner | None] = field(default_factory=dict)
+    _least: dict[Hashable, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         model = self.request.model
@@ -83,6 +87,20 @@ class Insides:
                 self.refused[candidate.tp] = error
                 self._solved[key] = None
         return self._solved[key]
+
+    def least_seconds(self, candidate: Candidate, cluster: Cluster) -> float:
+        """What a microbatch takes through the model at least, whatever its types: its products and
+        attentions, each split as suits it best, conversions and everything else for nothing."""
+        beside = (candidate.cp, candidate.ulysses, candidate.ep, candidate.etp)
+        key = (candidate.tp, candidate.micro_batch, *beside, cluster)
+        if key not in self._least:
+            costs = self._costs_of(candidate, cluster).beside(candidate)
+            divisible = {**costs.binding, "b": 1}
+            self._least[key] = sum(
+                self.chain.counts[block] * _product_seconds(costs, block, graph, divisible)
+                for block, graph in self.chain.blocks.items()
+            )
+        return self._least[key]
 
     def _priced(self, candidate: Candidate, where: Cluster) -> Inner | None:
         solved = self.solved_for(candidate)
@@ -133,3 +151,23 @@ class Insides:
 def _key(candidate: Candidate) -> tuple[int, int, int]:
     """What types depend on."""
     return candidate.tp, candidate.micro_batch, candidate.cp
+
+
+def _product_seconds(costs: ModelCosts, block: str, graph: Graph, divisible: Binding) -> float:
+    """The least seconds of a block's contractions and attentions, forward and backward."""
+    total = 0.0
+    for op in graph.ops:
+        if TABLE[op.kind].work in ("contraction", "attention"):
+            works = [
+                costs.op_work(block, op, signature)
+                for signature in nd_signatures(op, graph.values, costs.axes, divisible)
+            ]
+            total += min(
+                sum(
+                    each.seconds.get(cause, 0.0)
+                    for each in (work.forward, work.backward)
+                    for cause in ("matmul", "attention")
+                )
+                for work in works
+            )
+    return total

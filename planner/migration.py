@@ -1,8 +1,8 @@
 """Moving a running job from one plan to another: who sends which part of which parameter to whom.
 
 A conversion between two layouts, carried out on live memory: what a rank of the new plan keeps and
-its device has not, comes from a device that has it. Which node takes which place of the new plan is
-an assignment problem, so that as much as possible is already there.
+its device has not, comes from a device that has it. Which rank of the new plan goes to which device
+is an assignment problem (`rank_order`), so that as much as possible is already there.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from ortools.graph.python.linear_sum_assignment import SimpleLinearSumAssignment
 
 from ..costmodel.cluster import Cluster
+from ..ir.plan import Plan
 from ..ir.region import Region
 from .holdings import Holdings
+from .rank_order import Seats, assigned
 
 Bytes = NDArray[np.float64]
 
@@ -51,10 +52,15 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Migration:
-    """`node_of[place]` of the new plan. Bytes over links, and bytes that only a checkpoint has: no
-    assignment of ranks to devices has a sum of both below the bound. Seconds over the links."""
+    """`node_of[place]` and `device_of[rank]` of the new plan, `before[rank]` the device of every
+    rank of the old one. Bytes over links, and bytes that only a checkpoint has: no assignment of
+    ranks to devices has a sum of both below the bound. Seconds over the links. `per_node` devices
+    are a node's."""
 
+    per_node: int
     node_of: tuple[int, ...]
+    device_of: tuple[int, ...]
+    before: tuple[int, ...]
     moved_bytes: int
     lost_bytes: int
     bound_bytes: int
@@ -68,7 +74,7 @@ class Migrating:
 
     `cluster` is the old plan's, `nodes` those that the new one may use, as they are numbered there;
     nodes that joined come after its own. `given` says which takes which place; None: so that most
-    of what is kept is there. Ranks are on the devices of a node in order, as launchers start them.
+    of what is kept is there. Ranks change places as far as `rank_order` says that they may.
     """
 
     old: Holdings
@@ -82,16 +88,19 @@ class Migrating:
         return self.cluster.devices_per_node
 
     @cached_property
+    def before(self) -> tuple[int, ...]:
+        """The device of every rank of the old plan."""
+        return devices_of(self.old.plan, range(self.cluster.nodes))
+
+    @cached_property
     def rank_on(self) -> dict[int, int]:
         """Device → rank of the old plan, of the devices that are left."""
-        mapping, left = self.old.plan.mapping, frozenset(self.nodes)
-        found = {}
-        for rank in range(self.old.plan.mesh.size):
-            place, slot = divmod(rank, self.per_node)
-            node = place if mapping is None else mapping.node_of[place]
-            if node in left:
-                found[node * self.per_node + slot] = rank
-        return found
+        left = frozenset(self.nodes)
+        return {
+            device: rank
+            for rank, device in enumerate(self.before)
+            if device // self.per_node in left
+        }
 
     @cached_property
     def shared(self) -> Bytes:
@@ -120,24 +129,17 @@ class Migrating:
         return found
 
     @cached_property
-    def node_of(self) -> tuple[int, ...]:
-        """The node of every place: as given, or so that most of what its ranks keep is there."""
-        if self.given is not None:
-            return self.given
-        per_node, ranks = self.per_node, len(self.shared)
-        gain = np.zeros((-(-ranks // per_node), len(self.nodes)))
-        for k, node in enumerate(self.nodes):
-            for slot in range(per_node):
-                of_slot = self.kept[slot::per_node, node * per_node + slot]
-                gain[: len(of_slot), k] += of_slot
-        return tuple(self.nodes[k] for k in _assigned(gain))
-
-    @cached_property
     def device_of(self) -> tuple[int, ...]:
         """The device of every new rank."""
-        per_node = self.per_node
-        ranks = range(len(self.shared))
-        return tuple(self.node_of[r // per_node] * per_node + r % per_node for r in ranks)
+        return Seats(self.new.plan, self.cluster, self.nodes, self.kept).best(self.given)
+
+    @cached_property
+    def node_of(self) -> tuple[int, ...]:
+        """The node of every place: as given, or in the order in which the ranks first come to
+        them."""
+        if self.given is not None:
+            return self.given
+        return tuple(dict.fromkeys(device // self.per_node for device in self.device_of))
 
     def estimated_seconds(self) -> float:
         """What the moves take at least: the device that receives most, from other nodes."""
@@ -146,13 +148,16 @@ class Migrating:
         return missing / self.cluster.worst_levels[-1].reached_bytes_per_s(1)
 
     def bound_bytes(self) -> int:
-        """What must be received however ranks are assigned to devices."""
+        """What must be received, from devices or a checkpoint, whichever rank of the new plan goes
+        to whichever device of `nodes`: below everything that numbering processes anew, starting
+        nodes in another order or leaving out others of them can reach."""
         wanted, here = int(self.new.rank_bytes.sum()), self.kept[:, [
             node * self.per_node + slot for node in self.nodes for slot in range(self.per_node)
         ]]  # fmt: skip
         if max(here.shape) > _MOST_DEVICES:  # each rank on the device that suits it best
             return wanted - int(here.max(axis=1).sum())
-        return wanted - int(_best_sum(here))
+        best = assigned(here)
+        return wanted - int(here[np.arange(len(here)), best].sum())
 
     def result(self) -> Migration:
         """All moves, worked out."""
@@ -161,7 +166,17 @@ class Migrating:
         lost = sum(move.bytes for move in moves if move.source is None)
         bound = min(self.bound_bytes(), moved + lost)
         seconds = _seconds(moves, self.cluster)
-        return Migration(self.node_of, moved, lost, bound, seconds, moves)
+        return Migration(
+            self.per_node,
+            self.node_of,
+            self.device_of,
+            self.before,
+            moved,
+            lost,
+            bound,
+            seconds,
+            moves,
+        )
 
     def _moves(self) -> Iterator[Move]:
         """Every part that a device wants and has not; of those that have it, one of its own node
@@ -209,6 +224,19 @@ class Migrating:
         ]
 
 
+def devices_of(plan: Plan, nodes: Sequence[int]) -> tuple[int, ...]:
+    """The device of every rank of a plan on the cluster's `nodes`: places in the order that its
+    mapping says, processes numbered anew where it says so."""
+    mapping, per_node = plan.mapping, int(plan.cluster["devices_per_node"])
+    order = range(-(-plan.mesh.size // per_node)) if mapping is None else mapping.node_of
+    found = [0] * plan.mesh.size
+    for process in range(plan.mesh.size):
+        rank = mapping.ranks[process] if mapping is not None and mapping.ranks else process
+        place, slot = divmod(process, per_node)
+        found[rank] = nodes[order[place]] * per_node + slot
+    return tuple(found)
+
+
 def _overlap(new: Sequence[Region], old: Sequence[Region]) -> Bytes:
     """(new, old): elements that two regions have in common."""
     total = np.ones((len(new), len(old)))
@@ -227,27 +255,6 @@ def _padded(regions: Sequence[Region], dim: int) -> NDArray[np.int64]:
         if region.dims[dim]:
             found[i, : len(region.dims[dim])] = region.dims[dim]
     return found
-
-
-def _assigned(gain: Bytes) -> list[int]:
-    """For every row a column of its own, so that the sum is largest; there are enough columns."""
-    rows, columns = gain.shape
-    solver = SimpleLinearSumAssignment()
-    cost = np.zeros((columns, columns), np.int64)
-    cost[:rows] = -np.rint(gain).astype(np.int64)
-    for row, costs in enumerate(cost.tolist()):
-        for column, value in enumerate(costs):
-            solver.add_arc_with_cost(row, column, value)
-    if solver.solve() != solver.OPTIMAL:
-        raise AssertionError("an assignment of all rows exists")
-    return [solver.right_mate(row) for row in range(rows)]
-
-
-def _best_sum(gain: Bytes) -> float:
-    """The largest sum of an assignment."""
-    if not gain.any():
-        return 0.0
-    return float(sum(gain[row, column] for row, column in enumerate(_assigned(gain))))
 
 
 def _seconds(moves: Sequence[Move], cluster: Cluster) -> float:

@@ -1,19 +1,21 @@
 """Replanning: the best plan on the nodes that are left (or joined), the way there included.
 
-Every number of nodes that the batch allows is searched, from all that are left downwards; of the
-best few of each the moves are worked out. Wanted is the least time for the next `steps` steps,
-migration first. The global batch stays, and with it the scale of the gradient.
+Every number of nodes that the batch allows is searched, from all that are left downwards, each for
+what may still be faster than the best found; of the best few of each the moves are worked out.
+Wanted is the least time for the next `steps` steps, migration first. The global batch stays, and
+with it the scale of the gradient.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..costmodel.cluster import Cluster
 from ..costmodel.yaml_files import validated
-from ..ir import Infeasible, InvalidInput
+from ..ir import Infeasible, InvalidInput, ShardwrightError
 from ..ir.plan import NodeMapping, Plan
 from ..ir.workload import Workload
 from .build import build_plan
@@ -21,10 +23,12 @@ from .fix import Fix
 from .holdings import Holdings
 from .leave_out import slow_nodes
 from .migration import Migrating, Migration
+from .relax import infeasible
 from .report import replan_text
 from .request import Request
 from .search import Found, Search
 from .traffic import has_choice
+from .waiting import Waiting
 
 LEAST_SHARE = 0.75
 """Of the nodes left: plans on fewer are not looked at where there is one on more."""
@@ -36,15 +40,27 @@ FINALISTS = 3
 class Replanned:
     """A new plan and how to get there. The plan numbers its nodes anew, in the order of their old
     numbers; the migration counts as the old cluster does, joined nodes after its own.
-    `before_seconds` is a step of the old plan as it was predicted."""
+    `before_seconds` is a step of the old plan as it was predicted; `wait` sets the new plan beside
+    waiting for the repair, None where nothing was lost."""
 
     plan: Plan
     migration: Migration
     before_seconds: float
     lost: tuple[int, ...]
+    wait: Waiting | None = None
 
     def __str__(self) -> str:
         return replan_text(self)
+
+    def moves_text(self) -> str:
+        """What a running job executes (`migrate.py` of emitted programs): lines of JSON. The first
+        names the device of every rank `before` and `after`, and the devices that are `lost`, as the
+        old cluster counts; each of the others is a `Move`."""
+        moved = self.migration
+        gone = [device for device in moved.before if device // moved.per_node in self.lost]
+        first = {"before": moved.before, "after": moved.device_of, "lost": gone}
+        every = (first, *(move.to_json() for move in moved.moves))
+        return "".join(json.dumps(line) + "\n" for line in every)
 
     def to_json(self) -> dict[str, Any]:
         """What `shardwright replan --json` prints beside the plan."""
@@ -52,6 +68,7 @@ class Replanned:
         return {
             "lost": list(self.lost),
             "node_of": list(moved.node_of),
+            "device_of": list(moved.device_of),
             "before": {"step_seconds": self.before_seconds},
             "after": {"step_seconds": self.plan.predicted.step_seconds},
             "migration": {
@@ -61,6 +78,7 @@ class Replanned:
                 "seconds": moved.seconds,
                 "moves": len(moved.moves),
             },
+            "wait": None if self.wait is None else self.wait.to_json(),
         }
 
 
@@ -70,11 +88,12 @@ def replan(
     gained: int = 0,
     steps: int = 1000,
     fix: Fix | None = None,
+    repair_seconds: float | None = None,
 ) -> Replanned:
     """The plan for the next `steps` steps after nodes are lost and others of the same kind joined.
 
-    Raises InvalidInput for nodes that the plan does not have, and Infeasible where nothing fits
-    what is left.
+    `repair_seconds` is how long it would take to have the lost nodes back. Raises InvalidInput for
+    nodes that the plan does not have, and Infeasible where nothing fits what is left.
     """
     cluster = validated(Cluster, plan.cluster, "the plan's cluster")
     for node in lost:
@@ -84,6 +103,11 @@ def replan(
         raise InvalidInput("nothing changed: expected nodes that are lost, or gained ones")
     if gained < 0 or steps < 1:
         raise InvalidInput(f"gained={gained}, steps={steps}: expected gained >= 0, steps >= 1")
+    if repair_seconds is not None and not (lost and 0 <= repair_seconds < float("inf")):
+        raise InvalidInput(
+            f"repair_seconds={repair_seconds:g}: expected seconds >= 0 until lost nodes are back, "
+            + ("not more than a number can say" if lost else "but no node is lost")
+        )
     gone = sorted(set(lost))
     left = cluster.without(gone)
     joined = left.resized(left.nodes + gained)
@@ -92,7 +116,7 @@ def replan(
     spare = dict.fromkeys([*slow_nodes(joined), *reversed(range(joined.nodes))])
     before, fix = Holdings(plan), fix or Fix()
     best: tuple[float, Plan, Migrating] | None = None
-    refused: InvalidInput | Infeasible | None = None
+    refused: ShardwrightError | None = None
     search: Search | None = None
     for nodes in range(joined.nodes, 0, -1):
         if best is not None and nodes < LEAST_SHARE * joined.nodes:
@@ -102,12 +126,13 @@ def replan(
         request = Request.on(plan.model, where, Workload(**plan.workload), fix)
         try:
             search = Search(request, like=search)
-            found = search.run(top=FINALISTS)
-        except InvalidInput as error:  # no configuration divides the batch on so many
+            limit = float("inf") if best is None else best[0] / steps
+            found = search.attempt(FINALISTS, limit=limit)
+        except (InvalidInput, Infeasible) as error:  # no configuration divides the batch, or pins
             refused = refused or error
             continue
-        except Infeasible as error:
-            refused = refused or error
+        if not found.outcomes and best is None:
+            refused = refused or infeasible(search.solving, search.anything, found.short)
             break  # fewer nodes have less memory
         used = tuple(every[i] for i in range(joined.nodes) if i not in unused)
         alike = not has_choice(joined)  # then any nodes will do, and those that have most are taken
@@ -124,8 +149,10 @@ def replan(
         raise refused or InvalidInput("no nodes are left")
     _, chosen, moving = best
     moved = moving.result()
-    new = replace(chosen, mapping=_mapping(chosen, moved.node_of))
-    return Replanned(new, moved, plan.predicted.step_seconds, tuple(gone))
+    new = replace(chosen, mapping=_mapping(chosen, moved))
+    before_s, after_s = plan.predicted.step_seconds, new.predicted.step_seconds
+    wait = Waiting(before_s, after_s, moved.seconds, steps, repair_seconds) if gone else None
+    return Replanned(new, moved, before_s, tuple(gone), wait)
 
 
 def _places(plan: Plan, used: Sequence[int]) -> tuple[int, ...]:
@@ -135,13 +162,23 @@ def _places(plan: Plan, used: Sequence[int]) -> tuple[int, ...]:
     return tuple(used[i] for i in order)
 
 
-def _mapping(plan: Plan, node_of: tuple[int, ...]) -> NodeMapping | None:
+def _mapping(plan: Plan, moved: Migration) -> NodeMapping | None:
     """The same in the numbers of the plan's own cluster, whose nodes are those used, in order."""
-    number = {node: i for i, node in enumerate(sorted(node_of))}
-    order = tuple(number[node] for node in node_of)
+    per_node = int(plan.cluster["devices_per_node"])
+    number = {node: i for i, node in enumerate(sorted(moved.node_of))}
+    order = tuple(number[node] for node in moved.node_of)
+    process = {
+        node * per_node + slot: place * per_node + slot
+        for place, node in enumerate(moved.node_of)
+        for slot in range(per_node)
+    }
+    ranks = sorted(range(plan.mesh.size), key=lambda rank: process[moved.device_of[rank]])
+    renumbered = () if ranks == list(range(plan.mesh.size)) else tuple(ranks)
     if plan.mapping is not None:
-        return replace(plan.mapping, node_of=order)
-    return None if order == tuple(range(len(order))) else NodeMapping(order, 0.0, 0.0, 0.0)
+        return replace(plan.mapping, node_of=order, ranks=renumbered)
+    if not renumbered and order == tuple(range(len(order))):
+        return None
+    return NodeMapping(order, 0.0, 0.0, 0.0, renumbered)
 
 
 def _finalist(search: Search, found: Found, at: int) -> Plan:

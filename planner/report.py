@@ -17,6 +17,7 @@ from ..ir.types import I, NdType, S
 if TYPE_CHECKING:
     from .predict import Prediction
     from .replan import Replanned
+    from .waiting import Waiting
 
 GIB = 2**30
 MIB = 2**20
@@ -258,19 +259,40 @@ def replan_text(found: Replanned) -> str:
         checkpoint = f", and {_bytes(moved.lost_bytes)} from a checkpoint: no device left has them"
     total = moved.moved_bytes + moved.lost_bytes
     pieces = sum(move.source is not None for move in moved.moves)
-    reading = " and reading the checkpoint" if moved.lost_bytes else ""
     above = f"{total / max(1, moved.bound_bytes) - 1:.1%} more than the least possible"
-    return "\n".join(
-        [
-            f"{lost}: {plan.strategy} on {plan.cluster['nodes']} nodes",
-            f"  a step takes {_seconds(now)}, {abs(slower):.1%} {'more' if slower > 0 else 'less'} "
-            f"than before ({_seconds(before)})",
-            f"  moving: {_bytes(moved.moved_bytes)} between devices in {pieces} pieces, "
-            f"{_seconds(moved.seconds)} over the links{checkpoint} ({above})",
-            "  waiting for the repair instead: nothing is trained until then; moving there and "
-            f"back pays where it takes more than {_seconds(2 * moved.seconds)}{reading}",
+    lines = [
+        f"{lost}: {plan.strategy} on {plan.cluster['nodes']} nodes",
+        f"  a step takes {_seconds(now)}, {abs(slower):.1%} {'more' if slower > 0 else 'less'} "
+        f"than before ({_seconds(before)})",
+        f"  moving: {_bytes(moved.moved_bytes)} between devices in {pieces} pieces, "
+        f"{_seconds(moved.seconds)} over the links{checkpoint} ({above})",
+    ]
+    return "\n".join([*lines, *(_waiting(found.wait) if found.wait is not None else [])])
+
+
+def _waiting(wait: Waiting) -> list[str]:
+    """The new plan beside waiting for the repair."""
+    least = wait.break_even_seconds
+    lines = []
+    if wait.wait_seconds is not None and wait.repair_seconds is not None:
+        gain = wait.wait_seconds - wait.replan_seconds
+        ahead = f"{wait.steps:,} steps"
+        lines = [
+            f"{'':33}{'now':>12}{'a step':>12}{ahead:>18}",
+            f"  going on with the new plan     {_seconds(wait.move_seconds):>12}"
+            f"{_seconds(wait.after_seconds):>12}{_seconds(wait.replan_seconds):>18}",
+            f"  waiting for the repair         {_seconds(wait.repair_seconds):>12}"
+            f"{_seconds(wait.before_seconds):>12}{_seconds(wait.wait_seconds):>18}",
+            f"  {'going on' if gain > 0 else 'waiting'} is {_seconds(abs(gain))} faster",
         ]
-    )
+    pays = f"where it takes more than {_seconds(least)}" if least else "however short it is"
+    return [
+        *lines,
+        f"  waiting for the repair instead: the new plan has done {wait.steps:,} steps earlier "
+        f"{pays}; moving there and back pays where it takes more than "
+        f"{_seconds(wait.returning_seconds)}",
+        "  not counted on either side: reading a checkpoint, steps since it, starting programs",
+    ]
 
 
 def _bytes(number: int) -> str:

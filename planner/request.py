@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from math import prod
 
@@ -22,7 +23,7 @@ from ..ir.workload import Workload
 from .fix import Fix
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Request:
     """A planning problem. `cluster` is priced; `hardware`, where the job is priced at the pace of
     its slowest devices, is the cluster as it is. `optimizer_on_host`: the optimizer's state takes
@@ -65,6 +66,7 @@ class Request:
         other ops (PaLM's convention, Chowdhery et al. 2022, appendix B)."""
         return self._flops(others=3)
 
+    @cached_property
     def least_flops_per_step(self) -> float:
         """FLOPs that every plan executes, whatever its kernels save of ops that are no
         contractions."""

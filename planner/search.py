@@ -34,6 +34,9 @@ TIE = 1e-3
 the memory free: communication that is hidden on paper is not always hidden."""
 MOST_MAPPED_NODES = 16
 """Nodes up to which every finalist is mapped; on more only the best one, the others in order."""
+_ENOUGH = 1.03
+"""Of what the estimates of the configurations wanted come to: bounds above that are not worked out,
+as simulations come within."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class Found:
     """What a search returns: outcomes from the best on, and what was done to get there.
 
     `bound` is below what every configuration of the space spends, whether solved or not: seconds of
-    a step, or the unit of another objective. Without outcomes where none spends less than the limit
+    a step, or the unit of another objective. Without outcomes where all spend more than the limit
     that was given, or none fits: `short` are then the bytes that candidates need on a device, not a
     number where nobody has counted.
     """
@@ -63,12 +66,15 @@ class Found:
 
 
 @dataclass(slots=True)
-class _Tally:
-    """What became of the variants that there are."""
+class _Course:
+    """How far a search has come: what became of the variants that there are, the bytes that those
+    need which do not fit, and the bounds of those that were given up unproved."""
 
-    total: int = 0
-    solved: int = 0
+    variants: int = 0
     infeasible: int = 0
+    solved: list[Outcome] = field(default_factory=list)
+    short: list[tuple[float, Candidate]] = field(default_factory=list)
+    unproved: list[float] = field(default_factory=list)
 
 
 Entry = tuple[float, int, Candidate, Outcome | None]
@@ -97,7 +103,7 @@ class Search:
     def __post_init__(self, like: Search | None) -> None:
         self.solving = Solving(self.request, self.solver, None if like is None else like.solving)
         self.spending = Spending.on(self.objective, self.request.hardware or self.request.cluster)
-        self.least_flops = self.request.least_flops_per_step()
+        self.least_flops = self.request.least_flops_per_step
 
     def run(self, top: int = 5, progress: Callable[[str], None] | None = None) -> Found:
         """The `top` best configurations.
@@ -116,7 +122,7 @@ class Search:
         progress: Callable[[str], None] | None = None,
         limit: float = float("inf"),
     ) -> Found:
-        """The same of those that spend less than `limit`; where there are none, it says so with no
+        """The same of those that spend `limit` at most; where there are none, it says so with no
         outcomes."""
         began = time.process_time()
         every = [head for head in heads(self.request) if counts(head, self.anything)]
@@ -125,31 +131,26 @@ class Search:
             (self._flops_floor(head), next(order), 0, head, None) for head in every
         ]
         heapq.heapify(queue)
-        tally, finals = _Tally(), list[Outcome]()
-        solved: list[Outcome] = []
-        short: list[tuple[float, Candidate]] = []
-        interrupted, unproved = False, list[float]()
+        course, finals = _Course(), list[Outcome]()
+        interrupted = False
         few = self.request.cluster.nodes <= MOST_MAPPED_NODES
         try:
-            while queue and len(finals) < top and queue[0][0] < limit:
+            while queue and len(finals) < top and queue[0][0] <= limit:
                 bound, _, level, candidate, outcome = heapq.heappop(queue)
                 found: list[Entry] = []
                 if level == 0:
-                    found = self._typed(candidate, bound)
+                    floor = bound if limit == float("inf") else self._untyped(candidate, bound)
+                    if floor <= limit:
+                        found = self._typed(candidate, bound)
+                    else:
+                        found = [(floor, 0, candidate, None)]
                 elif level == 1:
-                    found = self._varied(candidate, bound, tally, short)
+                    found = self._varied(candidate, bound, course, top)
                 elif level == 2:
                     if progress is not None:
-                        progress(f"{candidate.key}: {tally.solved} solved, {len(queue)} to go")
-                    cut = self.solving.solve(candidate, self._seconds_of(bound, candidate))
-                    if isinstance(cut, Outcome):
-                        tally.solved += 1
-                        solved.append(cut)
-                        found = [(max(bound, self._spent(cut)), 3, candidate, cut)]
-                    else:
-                        tally.infeasible += 1
-                        short.append((cut.needed_bytes, candidate))
-                        unproved += [] if cut.proved else [bound]
+                        solved = len(course.solved)
+                        progress(f"{candidate.key}: {solved} solved, {len(queue)} to go")
+                    found = self._solved(candidate, bound, course)
                 elif level == 3:
                     assert outcome is not None
                     placed = self.solving.placed(outcome, search=few)
@@ -163,28 +164,29 @@ class Search:
             interrupted = True
             simulated = [o for *_, level, _, o in queue if level == 4 and o is not None]
             finals += sorted(simulated, key=self._spent)
-            if not finals and solved:
-                finals.append(self.solving.placed(min(solved, key=self._spent), search=False))
+            if not finals and course.solved:
+                best = min(course.solved, key=self._spent)
+                finals.append(self.solving.placed(best, search=False))
             if not finals:
                 raise
         self._check_refused(every)
-        best = min(map(self._spent, finals), default=limit)
+        least = min(map(self._spent, finals), default=limit)
         open_floors = [
-            key if outcome is None else self._floor(outcome, best)
+            key if outcome is None else self._floor(outcome, least)
             for key, _, _, _, outcome in queue
         ]
-        result = self._found(finals[:top], [*open_floors, *unproved], tally, interrupted, began)
-        return result if finals else replace(result, short=tuple(short))
+        return self._found(finals[:top], open_floors, course, interrupted, began)
 
     def _found(
         self,
         finals: list[Outcome],
         open_floors: Sequence[float],
-        tally: _Tally,
+        course: _Course,
         interrupted: bool,
         began: float,
     ) -> Found:
-        floors = [*open_floors, *(self._least(o.floor_seconds, o.candidate) for o in finals)]
+        floors = [self._least(outcome.floor_seconds, outcome.candidate) for outcome in finals]
+        floors += [*open_floors, *course.unproved]
         outcomes = tuple(finals)
         if finals:
             best = self._spent(finals[0])
@@ -202,16 +204,32 @@ class Search:
         return Found(
             outcomes,
             min(floors, default=float("inf")),
-            tally.solved,
-            tally.total - tally.solved - tally.infeasible,
-            tally.infeasible,
+            len(course.solved),
+            course.variants - len(course.solved) - course.infeasible,
+            course.infeasible,
             time.process_time() - began,
             dict(Counter(self.solving.insides.methods())),
             self.spending,
             interrupted,
+            () if finals else tuple(course.short),
         )
 
     # --- one step of the search ------------------------------------------------------------------
+
+    def _untyped(self, head: Candidate, bound: float) -> float:
+        """The bound of a set of degrees whose blocks have no types yet: less than those cost, and
+        enough where tp splits little."""
+        views, insides = set(self.solving.sites.views(head)), self.solving.insides
+        through = min(insides.least_seconds(head, view) for view in views)
+        each = [
+            replace(head, schedule=name, vpp=vpp) for name, vpp in schedules(self.request, head)
+        ]
+        floors = [
+            step_floor_seconds(through, one, Shares(1.0, 0.0))
+            for one in each
+            if counts(one, self.anything)
+        ]
+        return max(bound, self.spending.of(min(floors), 0.0)) if floors else bound
 
     def _typed(self, head: Candidate, bound: float) -> list[Entry]:
         """A set of degrees whose blocks are typed now."""
@@ -228,26 +246,44 @@ class Search:
         ]
         return [(max(bound, self._least(min(floors), head)), 1, head, None)] if floors else []
 
-    def _varied(
-        self, head: Candidate, bound: float, tally: _Tally, short: list[tuple[float, Candidate]]
-    ) -> list[Entry]:
-        """Its variants, each with its bound."""
+    def _varied(self, head: Candidate, bound: float, course: _Course, top: int) -> list[Entry]:
+        """Its variants, each with its bound, as far as that may matter: bounds above what as many
+        as are wanted are estimated to spend are not worked out. One that could be better than all
+        that are solved, and has no stages to cut, is solved at once, as a measure for the next."""
         inners, options = self.solving.inners(head), allowed(self.request, head, self.anything)
         assert inners is not None
         if not options:
             return []
-        tally.total += len(options)
-        floors = variant_floors(self.request, options, inners)
+        course.variants += len(options)
+        known = sorted(map(self._spent, course.solved))[:top]
+        enough = _ENOUGH * known[-1] if len(known) == top else float("inf")
+        floors = variant_floors(self.request, options, inners, self._seconds_of(enough, head))
         never = ~np.isfinite(floors)
-        tally.infeasible += int(never.sum())
+        course.infeasible += int(never.sum())
         if never.any():  # remembered in case nothing fits anywhere
             thriftiest = options[max(i for i in np.flatnonzero(never))]
-            short.append((float("nan"), thriftiest))
-        return [
+            course.short.append((float("nan"), thriftiest))
+        found: list[Entry] = sorted(
             (max(bound, self._least(float(floor), each)), 2, each, None)
             for floor, each in zip(floors, options, strict=True)
             if np.isfinite(floor)
-        ]
+        )
+        quick = next((i for i, entry in enumerate(found) if entry[2].pp == 1), None)
+        if quick is not None and found[quick][0] < min(known, default=float("inf")):
+            floor, _, candidate, _ = found[quick]
+            found[quick : quick + 1] = self._solved(candidate, floor, course)
+        return found
+
+    def _solved(self, candidate: Candidate, bound: float, course: _Course) -> list[Entry]:
+        """A variant whose stages are cut now; nothing where none of it fits."""
+        cut = self.solving.solve(candidate, self._seconds_of(bound, candidate))
+        if isinstance(cut, Outcome):
+            course.solved.append(cut)
+            return [(max(bound, self._spent(cut)), 3, candidate, cut)]
+        course.infeasible += 1
+        course.short.append((cut.needed_bytes, candidate))
+        course.unproved += [] if cut.proved else [bound]
+        return []
 
     def _check_refused(self, every: Sequence[Candidate]) -> None:
         """Raises Infeasible, naming the pin, where pins on types hold at no tp that splits: with
@@ -273,9 +309,10 @@ class Search:
 
     def _busy_floor(self, candidate: Candidate) -> float:
         """The seconds that a device computes at least, on average: nothing is recomputed."""
-        inners = self.solving.inners(candidate)
-        if not self.spending.per_busy_second or inners is None:
+        if not self.spending.per_busy_second:
             return 0.0
+        inners = self.solving.inners(candidate)
+        assert inners is not None
         least: dict[str, float] = {}
         for inner in distinct_of(inners):
             for (block, _), cost in inner.costs.items():

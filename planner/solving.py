@@ -98,13 +98,10 @@ class Solving:
 
     def inners(self, candidate: Candidate) -> tuple[Inner, ...] | None:
         """The insides of blocks on every pipeline rank; None where tp splits nothing."""
-        found = []
-        for view in self.sites.views(candidate):
-            inner = self.insides.of(candidate, view)
-            if inner is None:
-                return None
-            found.append(inner)
-        return tuple(found)
+        views = self.sites.views(candidate)
+        known = {id(view): self.insides.of(candidate, view) for view in _distinct(views)}
+        found = [inner for view in views if (inner := known[id(view)]) is not None]
+        return tuple(found) if len(found) == len(views) else None
 
     def solve(self, candidate: Candidate, floor_s: float = 0.0) -> Outcome | Shortfall:
         """Cuts the stages of a candidate and estimates the step. `floor_s` is a bound that is
@@ -291,6 +288,10 @@ class Solving:
             mapping=mapping,
             floor_seconds=price.seconds if candidate.vpp > 1 else outcome.floor_seconds,
         )
+
+
+def _distinct(views: Sequence[Cluster]) -> list[Cluster]:
+    return list({id(view): view for view in views}.values())
 
 
 def _recomputes(modes: Sequence[Recompute]) -> bool:

@@ -119,6 +119,18 @@ def test_microbatches_in_flight_are_the_schedules(vpp: int) -> None:
         assert in_flight(candidate, rank) == whole.sum(axis=1).max() / vpp
 
 
+@pytest.mark.parametrize("pp", range(2, 13))
+def test_zero_bubble_schedules_hold_what_their_tables_do(pp: int) -> None:
+    for m in (pp, pp + 1, 2 * pp - 1, 2 * pp, 2 * pp + 1, 3 * pp, 4 * pp + 3):
+        schedules: tuple[tuple[ScheduleName, int], ...] = (("zb-h1", 1), ("zb-v", 2))
+        for name, vpp in schedules:
+            table = schedule_table(name, pp, m, vpp)
+            candidate = Candidate(pp, 1, 1, 0, 1, m, name, vpp)
+            for rank in range(pp):
+                held = sum(table.held(rank)).sum(axis=1).max() / vpp
+                assert in_flight(candidate, rank) == held, (name, m, rank)
+
+
 def test_other_schedules_hold_what_they_run() -> None:
     gpipe = Candidate(4, 1, 1, 0, 1, 12, "gpipe")
     assert [in_flight(gpipe, rank) for rank in range(4)] == [12] * 4

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from itertools import permutations
 from pathlib import Path
 
@@ -16,8 +19,14 @@ from shardwright.costmodel.cluster import Cluster, Degraded, Island, Pair, PairM
 from shardwright.ir import InvalidInput
 from shardwright.ir.from_dims import TransformerDims, transformer
 from shardwright.ir.region import Region
+from shardwright.planner.candidates import heads
+from shardwright.planner.fix import Fix
 from shardwright.planner.holdings import Holdings
 from shardwright.planner.migration import Migrating
+from shardwright.planner.rank_order import Seats
+from shardwright.planner.request import Request
+from shardwright.planner.search import Search
+from shardwright.planner.waiting import Waiting
 
 DIMS = TransformerDims(layers=6, hidden=256, heads=8, kv_heads=4, ffn=512, vocab=1024, tied=True)
 MODEL = transformer(DIMS, name="small")
@@ -30,6 +39,7 @@ PLANS = (
 )  # fmt: skip
 
 
+@cache
 def planned(fix: str, nodes: int = 4) -> sw.Plan:
     return sw.plan(MODEL, CLUSTER.resized(nodes), WORK, fix=fix)
 
@@ -121,6 +131,47 @@ def test_the_assignment_moves_least() -> None:
     assert result.moved_bytes + result.lost_bytes == pytest.approx(wanted - by_node)
 
 
+def groups(plan: sw.Plan, devices: Sequence[int]) -> set[frozenset[int]]:
+    """The devices of every tensor- and data-parallel group."""
+    strategy = plan.strategy
+    at = np.array(devices).reshape(strategy.pp, strategy.dp, -1)
+    rows = [*at.reshape(-1, at.shape[2]), *at.swapaxes(1, 2).reshape(-1, strategy.dp)]
+    return {frozenset(map(int, row)) for row in rows}
+
+
+@pytest.mark.parametrize("old", PLANS)
+@pytest.mark.parametrize(
+    "new", ["pp=1,dp=3,tp=2,zero=3", "pp=3,dp=2,tp=1,zero=1", "pp=2,dp=3,tp=1,zero=1"]
+)
+def test_ranks_change_places_and_groups_do_not(old: str, new: str) -> None:
+    before, after = Holdings(planned(old)), Holdings(planned(new, nodes=3))
+    moving = Migrating(before, after, CLUSTER, (0, 2, 3))
+    seats = Seats(after.plan, CLUSTER, (0, 2, 3), moving.kept)
+    assert sorted(moving.device_of) == [0, 1, 4, 5, 6, 7]
+    orders = [seats.in_order(nodes) for nodes in permutations((0, 2, 3))]
+    assert any(groups(after.plan, each) == groups(after.plan, moving.device_of) for each in orders)
+    assert seats.found(moving.device_of) >= max(map(seats.found, orders[:1]))
+    apart = Migrating(before, after, CLUSTER, (0, 2, 3), given=(2, 0, 3)).device_of
+    assert [device // 2 for device in apart] == [2, 2, 0, 0, 3, 3]  # as links say
+
+
+def test_data_parallel_ranks_find_what_they_can() -> None:
+    """Without other axes any rank may be anywhere: the bound is reached, leaving out the node that
+    has least as well."""
+    before = Holdings(planned("pp=2,dp=2,tp=2,zero=1"))
+    after = Holdings(planned("pp=1,dp=6,tp=1,zero=3", nodes=3))
+    moving = Migrating(before, after, CLUSTER, (0, 1, 3))
+    result = moving.result()
+    most = max(
+        sum(moving.kept[rank, device] for rank, device in enumerate(devices))
+        for devices in permutations((0, 1, 2, 3, 6, 7))
+    )
+    assert result.moved_bytes + result.lost_bytes == after.rank_bytes.sum() - most
+    assert result.bound_bytes == result.moved_bytes + result.lost_bytes
+    in_order = Seats(after.plan, CLUSTER, (0, 1, 3), moving.kept).in_order((0, 1, 3))
+    assert most > sum(moving.kept[rank, device] for rank, device in enumerate(in_order))
+
+
 def test_lost_shards_come_from_a_checkpoint() -> None:
     sharded, whole = (Holdings(planned(f"pp=1,dp=8,tp=1,zero={z}")) for z in (3, 0))
     after = Holdings(planned("pp=1,dp=6,tp=1,zero=3", nodes=3))
@@ -163,11 +214,30 @@ def test_a_lost_node_is_replanned(tmp_path: Path) -> None:
     assert sw.replan(plan, [1, 1], fix="tp=2").lost == (1,)
 
 
+@pytest.mark.parametrize("nodes", [3, 4])
+def test_what_is_not_typed_is_not_faster(nodes: int) -> None:
+    """What a search leaves out as too slow is too slow."""
+    search = Search(Request.on(MODEL, CLUSTER.resized(nodes), WORK, Fix()))
+    every = heads(search.request)
+    floors = [search._untyped(head, 0.0) for head in every]
+    assert min(floors) > 0
+    for head, floor in zip(every, floors, strict=True):
+        typed = search._typed(head, 0.0)
+        assert not typed or floor <= typed[0][0], head
+    best = search.run(top=1)
+    seconds = best.outcomes[0].seconds
+    again = Search(search.request).attempt(top=1, limit=seconds)
+    assert again.outcomes[0].seconds == seconds
+    none = Search(search.request).attempt(top=1, limit=best.bound * 0.99)
+    assert not none.outcomes
+    assert best.bound * 0.99 < none.bound <= seconds
+
+
 def kept_after(found: sw.Replanned, moving: Migrating) -> dict[int, set[tuple[str, Region]]]:
     """Device → what it has of every parameter after the moves."""
     new = moving.new
     return {
-        found.migration.node_of[rank // 2] * 2 + rank % 2: {
+        found.migration.device_of[rank]: {
             (name, new.regions[block][index][rank % new.corners])
             for name, (block, index) in new.where.items()
             if rank // new.corners in new.stages[name]
@@ -223,7 +293,9 @@ def test_the_command_writes_plan_and_moves(tmp_path: Path) -> None:
     shown = json.loads(done.stdout)
     assert shown["replan"]["lost"] == [0, 3]
     assert sw.Plan.load(new).cluster["nodes"] == 2
-    lines = [json.loads(line) for line in moves.read_text().splitlines()]
+    first, *lines = [json.loads(line) for line in moves.read_text().splitlines()]
+    assert first["before"] == list(range(8)) and first["lost"] == [0, 1, 6, 7]
+    assert sorted(first["after"]) == [2, 3, 4, 5]
     assert len(lines) == shown["replan"]["migration"]["moves"]
     peers = sum(line["bytes"] for line in lines if line["source"] is not None)
     assert peers == shown["replan"]["migration"]["moved_bytes"]
@@ -233,6 +305,43 @@ def test_the_command_writes_plan_and_moves(tmp_path: Path) -> None:
     assert again.exit_code == 0 and "nodes joined: " in again.stdout
     wrong = CliRunner().invoke(app, ["replan", str(plan), "3"])
     assert wrong.exit_code == 2 and "expected --lost before" in wrong.stderr
+
+
+def test_waiting_is_set_beside_the_new_plan() -> None:
+    wait = Waiting(before_seconds=2.0, after_seconds=3.0, move_seconds=10.0, steps=100)
+    assert wait.break_even_seconds == pytest.approx(110.0)
+    assert wait.wait_seconds is None
+    for repair_s, faster in ((109.0, "wait"), (111.0, "replan")):
+        found = replace(wait, repair_seconds=repair_s)
+        shown = found.to_json()
+        assert shown["faster"] == faster
+        assert shown["wait_seconds"] == pytest.approx(repair_s + 200)
+        assert shown["replan_seconds"] == pytest.approx(310)
+    # at the break-even of moving back, as many steps are done as by waiting
+    returning = wait.returning_seconds
+    assert (returning - 10) / 3.0 == pytest.approx(10 / 2.0)
+    assert replace(wait, after_seconds=1.0).break_even_seconds == 0
+
+
+def test_the_command_compares_with_a_repair(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    planned(PLANS[0]).save(plan)
+    arguments = ["replan", str(plan), "--lost", "1", "--fix", "tp=2", "--repair-seconds"]
+    shown = CliRunner().invoke(app, [*arguments, "1000000", "--json"])
+    assert shown.exit_code == 0, shown.output
+    entry = json.loads(shown.stdout)["replan"]
+    wait, moved = entry["wait"], entry["migration"]["seconds"]
+    slower = entry["after"]["step_seconds"] - entry["before"]["step_seconds"]
+    assert wait["break_even_seconds"] == pytest.approx(max(0, moved + 1000 * slower))
+    assert wait["repair_seconds"] == 1e6 and wait["faster"] == "replan"
+    text = CliRunner().invoke(app, [*arguments, "0"]).stdout
+    assert "waiting for the repair         " in text and "1,000 steps" in text
+    for option, message in (("-1", "repair_seconds=-1"), ("inf", "repair_seconds=inf")):
+        wrong = CliRunner().invoke(app, [*arguments, option])
+        assert wrong.exit_code == 2 and message in wrong.stderr
+    nothing = ["replan", str(plan), "--gained", "1", "--repair-seconds", "5"]
+    wrong = CliRunner().invoke(app, nothing)
+    assert wrong.exit_code == 2 and "but no node is lost" in wrong.stderr
 
 
 def test_nodes_left_keep_what_is_known_of_them() -> None:

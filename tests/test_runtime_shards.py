@@ -227,7 +227,7 @@ def test_only_whole_checkpoints_count_and_the_last_two_stay(tmp_path: Path) -> N
             checkpoint.newest(saved)
         program.initial.initialise(program.stage, 0)
         optimizer = torch.optim.AdamW(program.stage.parameters())
-        checkpoint._create_state(optimizer)
+        checkpoint.create_state(optimizer)
         for step in (1, 2, 3, 3):
             checkpoint.save(saved, program.stage, optimizer, checkpoint.Progress(step))
         assert sorted(p.name for p in saved.iterdir()) == ["step-00000002", "step-00000003"]

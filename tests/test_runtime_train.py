@@ -127,6 +127,20 @@ def test_a_run_resumes_in_any_layout(
     compare(entries, single)
 
 
+def test_processes_take_the_ranks_that_settings_say(
+    single: list[dict[str, float]], tmp_path: Path
+) -> None:
+    folder, log = write(tmp_path / "program", dp=2, tp=2, zero=3), tmp_path / "metrics"
+    with (folder / "settings.py").open("a") as settings:
+        settings.write("RANKS = (2, 0, 3, 1)\n")
+    schedule = ("--steps", 4, "--warmup", 2, "--decay", "cosine", "--clip", 4)
+    done = run(folder, 4, *schedule, "--metrics", log)
+    assert done.returncode == 0, done.stderr
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4]
+    compare(entries, single)
+
+
 def test_a_checkpoint_has_every_weight_at_its_full_shape(saved: Path) -> None:
     shapes = {name: tuple(p.shape) for name, p in Handwritten().named_parameters()}
     metadata = dcp.FileSystemReader(saved).read_metadata().state_dict_metadata

@@ -96,6 +96,7 @@ def test_predict_and_plan_agree_on_islands(model: Model) -> None:
     plan = sw.plan(model, where, work, fix="pp=2,zero=1,micro_batch=2,recompute=none", top=1)
     stages = "-".join(map(str, plan.strategy.layers))
     fix = f"pp=2,dp=16,tp={plan.strategy.tp},zero=1,micro_batch=2,stages={stages}"
+    fix += f",schedule={plan.strategy.schedule}"
     if plan.strategy.tp == 1:
         found = sw.predict(model, where, work, fix)
         assert found.step_seconds == pytest.approx(plan.predicted.step_seconds, rel=1e-3)

@@ -211,8 +211,9 @@ def test_an_interrupted_search_returns_the_best_so_far(dense: Model) -> None:
     whole = Search(request, anything=True).run(top=1)
     assert found.interrupted and not whole.interrupted
     assert found.bound <= whole.outcomes[0].seconds <= found.outcomes[0].seconds
+    nothing = Search(replace(request, fix=Fix(pp=2)))
     with pytest.raises(KeyboardInterrupt):
-        Search(request).run(progress=lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        nothing.run(progress=lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
 
 
 def test_keys_name_what_is_not_the_default() -> None:

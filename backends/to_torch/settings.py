@@ -13,6 +13,7 @@ def settings_source(plan: Plan, weights: str | None = None) -> str:
         sizes.setdefault(name, 1)
     if not plan.tensor_axes:
         sizes["tp"] = 1
+    renumbered = plan.mapping.ranks if plan.mapping is not None else ()
     mesh = ", ".join(f'"{name}": {size}' for name, size in sizes.items())
     return f'''"""Sizes and layout of this program. `model.py` was generated for this mesh."""
 
@@ -26,6 +27,9 @@ MESH = {{{mesh}}}
 # 0: parameters, gradients and optimizer state on every data-parallel rank; 1: optimizer state split
 # along dp; 2: gradients too; 3: parameters too
 ZERO = {strategy.zero}
+
+# the rank that each process takes which the launcher starts; None: its own
+RANKS = {renumbered or None}
 
 # sequences per step; per microbatch and data-parallel rank; microbatches per step and rank
 GLOBAL_BATCH = {int(work["global_batch"])}

@@ -51,14 +51,15 @@ class Boxes(Tensor):
     boxes: dict[torch.Size, Rectangle]
 
     @staticmethod
-    def __new__(cls, name: str, here: Tensor) -> Boxes:
+    def __new__(cls, name: str, here: Tensor, boxes: list[Rectangle] | None = None) -> Boxes:
         return torch.Tensor._make_wrapper_subclass(
             cls, PARAMETERS[name].shape, dtype=here.dtype, device=here.device
         )
 
-    def __init__(self, name: str, here: Tensor) -> None:
+    def __init__(self, name: str, here: Tensor, boxes: list[Rectangle] | None = None) -> None:
         self.here = here
-        self.boxes = {torch.Size(box.full): box for box in rectangles(name)}
+        held = rectangles(name) if boxes is None else boxes
+        self.boxes = {torch.Size(box.full): box for box in held}
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -162,7 +163,7 @@ def resume(
 ) -> Progress:
     """Loads weights, progress and, if given, the optimizer's state, whatever layout saved them."""
     if optimizer is not None:
-        _create_state(optimizer)
+        create_state(optimizer)
     loaded = state(stage, optimizer)
     numbers = {field.name: torch.tensor(0) for field in fields(Progress)}
     loaded |= {f"train.{name}": number for name, number in numbers.items()}
@@ -174,7 +175,7 @@ def resume(
     return progress
 
 
-def _create_state(optimizer: torch.optim.Optimizer) -> None:
+def create_state(optimizer: torch.optim.Optimizer) -> None:
     """Makes AdamW's state, which otherwise appears with the first step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -16,8 +16,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import product
 from math import prod
+from typing import Any
 
 import settings
 import torch
@@ -74,17 +76,45 @@ def _join(ranks: int) -> None:
         os.environ.update(alone, MASTER_PORT=str(port))
     if "RANK" not in os.environ:
         raise SystemExit(f"start this program with: torchrun --nproc-per-node {ranks} train.py")
+    join(_numbered(ranks))
+
+
+def _numbered(ranks: int) -> dict[str, Any]:
+    """Where ranks meet, and this one's number: `RANKS` says which ranks are on which node."""
+    if settings.RANKS is None or int(os.environ["WORLD_SIZE"]) != ranks:
+        return {}
+    process = int(os.environ["RANK"])
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, ranks, is_master=process == 0 and not hosted)
+    return {
+        "store": dist.PrefixStore("ranks", store),
+        "rank": settings.RANKS[process],
+        "world_size": ranks,
+    }
+
+
+def join(meeting: Mapping[str, Any]) -> None:
+    """Joins torch.distributed's default group, which meets as `init_process_group` is told."""
     if device().type == "cuda":
-        dist.init_process_group("nccl", device_id=device())
+        dist.init_process_group("nccl", device_id=device(), **meeting)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **meeting)
         atexit.register(_end)  # the first hook that is registered is the last that runs
+
+
+def wait_at_most(seconds: float) -> None:
+    """Collectives that take longer raise, in all groups that there are now: another rank of the
+    group is lost, or waits for one that is."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def leave() -> None:
     """Leaves the mesh; the last thing that a run does which went well."""
     global _left
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     _left = True
 
 

@@ -6,6 +6,7 @@ Sizes and layout are in settings.py, the model in model.py, data in data.py.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import sys
@@ -16,6 +17,7 @@ from math import cos, pi
 from pathlib import Path
 from typing import Any
 
+import migrate
 import model
 import parallel
 import settings
@@ -48,6 +50,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--save", type=Path, help="folder for checkpoints")
     parser.add_argument("--save-every", type=int, default=0, help="steps; 0: only at the end")
     parser.add_argument("--resume", type=Path, help="a checkpoint, or a folder of them")
+    parser.add_argument(
+        "--next", type=Path, help="folder of programs to go on with when ranks are lost: migrate.py"
+    )
+    parser.add_argument(
+        "--lost-after", type=float, default=600.0, help="seconds that a rank is waited for then"
+    )
+    parser.add_argument("--joins", action="store_true", help="as a new rank of such a program")
     parser.add_argument("--log-every", type=int, default=1, help="steps")
     parser.add_argument("--metrics", type=Path, help="also write one JSON line per logged step")
     return parser.parse_args()
@@ -59,11 +68,29 @@ def main() -> None:
     args = arguments()
     # spmd_types calls torch's collectives by names that torch is about to change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="spmd_types")
-    parallel.init_mesh(settings.MESH)
+    if args.joins:
+        programs = int(Path(__file__).resolve().parent.name) - 1
+        state: Any = migrate.Held(None, Progress(), [], programs=programs)
+    else:
+        parallel.init_mesh(settings.MESH)
+        state = train(args)
+    while state is not None:  # ranks were lost
+        state = migrate.go_on(args, state)
+
+
+def train(args: argparse.Namespace, moved: migrate.Held | None = None) -> migrate.Held | None:
+    """Trains to the last step, from what was `moved` here from another program if anything was.
+
+    Returns None; where ranks are lost on the way, and `--next` says how to go on, what is held.
+    """
     stage = parallel.build(model.STAGES[parallel.axis_rank("pp")], model.BLOCKS)
     optimizer = adamw(stage, args)
+    parameters = dict(stage.named_parameters())
     progress = Progress(seed=args.seed)
-    if args.resume:
+    if moved is not None:
+        here = Path(__file__).resolve().parent
+        progress = migrate.place(moved, here, stage, optimizer, args.save or args.resume)
+    elif args.resume:
         progress = resume(args.resume, stage, optimizer)
     elif args.weights or settings.WEIGHTS:
         load_weights(stage, args.weights or Path(__file__).parent / settings.WEIGHTS)
@@ -72,12 +99,24 @@ def main() -> None:
     torch.manual_seed(progress.seed)
     if hasattr(stage, "forwards"):  # dropout draws by the number of forward passes
         stage.forwards = progress.step * settings.MICROBATCHES
+    programs, saved = moved.programs if moved is not None else 0, None
+    if args.next and args.resume and moved is None:
+        saved = migrate.held(parameters, optimizer, progress)
     samples = find(args.data)
     step = Step(stage)
     log = Log(args)
+    if args.next:
+        parallel.wait_at_most(args.lost_after)
     while progress.step < args.steps:
-        loss = step(own_rows(samples, progress))
-        norm = clip_gradients(stage, args.clip or float("inf"))
+        try:
+            loss = step(own_rows(samples, progress))
+            norm = clip_gradients(stage, args.clip or float("inf"))
+        except RuntimeError as error:  # what collectives raise that a rank has no part in any more
+            if args.next is None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            print(f"step {progress.step + 1} failed: {error}", file=sys.stderr, flush=True)
+            state = migrate.held(parameters, optimizer, progress)
+            return dataclasses.replace(state, saved=saved, programs=programs)
         rate = learning_rate(progress.step, args)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -89,6 +128,9 @@ def main() -> None:
         due = args.save_every and progress.step % args.save_every == 0
         if args.save and (due or progress.step == args.steps):
             save(args.save, stage, optimizer, progress)
+            if args.next:
+                saved = migrate.held(parameters, optimizer, progress)
+    return None
 
 
 def adamw(stage: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
