@@ -155,6 +155,7 @@ def plan(
     top: int = 5,
     backend: str = "torch",
     objective: str = "time",
+    allow: str | Sequence[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """The best way found to train `model` on `cluster`, with a bound on how good it can be.
@@ -164,25 +165,29 @@ def plan(
     kept, the best first. `backend`: what the plan is to be emitted for, `torch`, or `any` for the
     best there is, whether it can be emitted yet or not (a plan that cannot says so). `objective`:
     what is least, the `time` of a step, or its `cost` or `energy` by the price or power of the
-    cluster's devices; then fewer nodes than there are may be used. Interrupted (Ctrl-C) it returns
+    cluster's devices; then fewer nodes than there are may be used. `allow`: changes of the model
+    itself that may be made, `parallel-block`, `ladder-residual`, `local-update=H`; a plan that
+    makes some says so. Interrupted (Ctrl-C) it returns
     the best plan so far and says so in its advice. Raises Infeasible, saying what is short, where
     nothing fits.
     """
     if backend not in ("torch", "any"):
         raise InvalidInput(f"backend {backend!r}: expected torch, or any for the whole space")
     fixed = _planner.Fix.parse(fix)  # what is quick to refuse comes before tracing
+    changes = _planner.Allow.parse(allow)
     where = Cluster.parse(cluster) if isinstance(cluster, str) else cluster
     Spending.on(objective, where)
     traced = _priceable(model, example_inputs, loss)
-    everything = backend == "any" or fixed.beyond_backends or not _planner.emits(traced)
+    beyond = fixed.beyond_backends or changes.anything
+    everything = backend == "any" or beyond or not _planner.emits(traced)
     if objective == "time":
         search = _planner.Search(
-            _planner.Request.on(traced, where, workload, fixed), anything=everything
+            _planner.Request.on(traced, where, workload, fixed, allow=changes), anything=everything
         )
         found = search.run(top, progress)
     else:
         search, found = _planner.least_spending(
-            traced, where, workload, fixed, objective, everything, top, progress
+            traced, where, workload, fixed, objective, everything, top, progress, changes
         )
     return Plan._of(_planner.build_plan(search, found, where))
 

@@ -131,6 +131,12 @@ def plan(
     objective: Annotated[
         str, typer.Option(help="What is to be least: time, cost or energy of a step")
     ] = "time",
+    allow: Annotated[
+        str,
+        typer.Option(
+            help="What may change the model: parallel-block,ladder-residual,local-update=H"
+        ),
+    ] = "",
     as_json: AsJson = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Plan file")] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List presets")] = False,
@@ -154,6 +160,7 @@ def plan(
                 top=top,
                 backend=backend,
                 objective=objective,
+                allow=allow,
                 progress=report,
             ),
         )

@@ -7,9 +7,10 @@ nothing but time. Nothing of the search is used: no bounds, no dynamic program.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise, product
+from typing import get_args
 
 import numpy as np
 
@@ -17,16 +18,15 @@ import shardwright as sw
 from shardwright.ir.from_dims import Experts, TransformerDims, transformer
 from shardwright.ir.graph import Model
 from shardwright.ir.plan import Recompute
-from shardwright.planner import Fix, Request, Search
-from shardwright.planner.candidates import Candidate, candidates, placement_of
+from shardwright.planner import Allow, Fix, Request, Search
+from shardwright.planner.candidates import Candidate, placement_of
 from shardwright.planner.footprint import rank_bytes
 from shardwright.planner.inner import Inner
 from shardwright.planner.request import repeated
+from shardwright.planner.space import candidates
 from shardwright.planner.step import price_step
 from shardwright.planner.traffic import in_order
 from shardwright.planner.virtual_stages import layers_before
-
-MODES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,15 @@ def instance(seed: int) -> Request:
     model = transformer(dims, name=f"instance {seed}")
     share = float(rng.uniform(0.3, 1.5))  # of what the state takes, spread evenly
     room = int(model.elements * 18 / cluster.world_size * (1 + share)) + (1 << 28)
-    device = cluster.device.model_copy(update={"memory_bytes": cluster.device.reserve_bytes + room})
-    return Request.on(model, cluster.with_device(device), work, Fix.parse(str(rng.choice(fixed))))
+    fix = Fix.parse(str(rng.choice(fixed)))
+    links = [None, 5e9, 50e9, 500e9]  # to host memory, which may be short as well
+    allow = Allow(True, True, 10) if rng.random() < 0.25 else Allow()
+    device = cluster.device.model_copy(update={
+        "memory_bytes": cluster.device.reserve_bytes + room,
+        "host_link_bytes_per_s": links[rng.integers(len(links))],
+        "host_memory_bytes": int(rng.choice([1 << 28, 1 << 36])),
+    })  # fmt: skip
+    return Request.on(model, cluster.with_device(device), work, fix, allow=allow)
 
 
 def best_of_all(request: Request) -> Best:
@@ -110,14 +117,15 @@ def fastest_modes(
     model, layers = request.model, repeated(request.model)
     placement = placement_of(candidate)
     fixed = request.fix.recompute
-    allowed = tuple(mode for mode in MODES if fixed in (None, mode))
+    allowed = [mode for mode in get_args(Recompute) if fixed in (None, mode)]
     chosen: list[list[Recompute]] = [["none"] * (last - first) for first, last in pairwise(bounds)]
     for rank, inner in enumerate(inners):
         own = [v for v, at in enumerate(placement) if at == rank]
         places = [(v, i - bounds[v]) for v in own for i in range(bounds[v], bounds[v + 1])
                   if i in layers]  # fmt: skip
         best: tuple[float, tuple[Recompute, ...]] | None = None
-        for modes in _assignments(model, bounds, places, allowed):
+        own_modes = [mode for mode in allowed if mode in inner.modes]
+        for modes in _assignments(model, bounds, places, own_modes):
             for (v, k), mode in zip(places, modes, strict=True):
                 chosen[v][k] = mode
             seconds = sum(
@@ -127,7 +135,9 @@ def fastest_modes(
             if best is not None and seconds >= best[0]:
                 continue
             memory = rank_bytes(request, candidate, inners, bounds, chosen)[rank]
-            if memory.total <= inner.cluster.device.memory_limit_bytes:
+            device = inner.cluster.device
+            fits = memory.total <= device.memory_limit_bytes
+            if fits and memory.host <= (device.host_memory_bytes or 0):
                 best = seconds, modes
         if best is None:
             return None
@@ -140,7 +150,7 @@ def _assignments(
     model: Model,
     bounds: tuple[int, ...],
     places: list[tuple[int, int]],
-    allowed: tuple[Recompute, ...],
+    allowed: Sequence[Recompute],
 ) -> Iterator[tuple[Recompute, ...]]:
     """Modes for a rank's layers, no more than two different ones."""
     for modes in product(allowed, repeat=len(places)):

@@ -222,15 +222,18 @@ def free(console: Console) -> None:
     every = list(compared(RUNS))
     for family in dict.fromkeys(each.family for each in every):
         here = [each for each in every if each.family == family]
-        ratios = {
-            each.found_s / each.best_s: each for each in here if each.found_s and each.best_fits
-        }
+        ratios = [
+            (each.found_s / each.best_s, each.plan)
+            for each in here
+            if each.found_s and each.best_fits
+        ]
         if not ratios:
             continue
-        worst = max(ratios)
+        worst, plan = max(ratios)
         table.add_row(
-            family, f"{len(ratios)} of {len(here)}", f"{float(np.median(list(ratios))):.3f}",
-            f"{worst:.3f}", ratios[worst].plan, f"{sum(each.cpu_s for each in here):.0f}",
+            family, f"{len(ratios)} of {len(here)}",
+            f"{float(np.median([ratio for ratio, _ in ratios])):.3f}", f"{worst:.3f}", plan,
+            f"{sum(each.cpu_s for each in here):.0f}",
         )  # fmt: skip
     console.print(table)
     for each in every:

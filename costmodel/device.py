@@ -182,6 +182,9 @@ class Device(BaseModel):
             name: max(getattr(device, name) for device in devices)
             for name in ("kernel_launch_s", "reserve_bytes")
         }
+        for name in ("host_link_bytes_per_s", "host_memory_bytes"):
+            every = [getattr(device, name) for device in devices]
+            most[name] = None if None in every else min(every)
         changes = {
             "name": "+".join(dict.fromkeys(device.name for device in devices)),
             "memory_bytes": min(device.memory_bytes for device in devices),

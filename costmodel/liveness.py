@@ -36,12 +36,15 @@ Storage = tuple[str, Layout]
 class BlockBytes:
     """Per rank and microbatch: `kept` from forward to backward, `workspace` on top of it at the
     worst moment of the block's forward or backward pass, `logits` that part of what is kept which
-    a loss over the vocabulary keeps of them, `output` what the block hands to the next."""
+    a loss over the vocabulary keeps of them, `output` what the block hands to the next,
+    `offloaded` what waits in host memory instead, beside the buffers that it passes through
+    (`memory.activation_buffers`)."""
 
     kept: int
     workspace: int
     logits: int = 0
     output: int = 0
+    offloaded: int = 0
 
 
 @dataclass(slots=True)
@@ -69,7 +72,8 @@ def block_bytes(
 
     `none` keeps what the op table says; `selective` keeps the block's input and the results of
     contractions and attention (a partial result before and after its reduction), or all but the
-    attention core, as the runtime does it; `full` keeps the input alone. `binding` gives the
+    attention core, as the runtime does it; `full` keeps the input alone; `offload` moves what
+    `none` keeps to host memory. `binding` gives the
     logical sizes that `types` split; the default runtime is `torch`. `slot_shards`: experts have a
     mesh of their own, on which so many (tensor) ranks share out the slots of `binding`; with None
     slots are split as their types say.
@@ -287,6 +291,9 @@ class _Liveness:
         self.statistics[i] = count * _FLOAT32_BYTES * prod(shape[:-1])
 
     def measure(self, recompute: Recompute) -> BlockBytes:
+        if recompute == "offload":  # all that `none` keeps waits elsewhere
+            plain = self.measure("none")
+            return BlockBytes(0, plain.workspace, 0, plain.output, offloaded=plain.kept)
         count = len(self.graph.ops)
         saved = {s: life.saver for s, life in self.lives.items() if life.saver is not None}
         core_only = self.runtime.selective == "core-attention"

@@ -9,6 +9,7 @@ from math import ceil
 from ..ir.errors import InvalidInput
 from .liveness import BlockBytes
 from .precision import Precision
+from .zero import ZeroShards
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,37 +36,35 @@ def state_bytes(
     parameters: int,
     precision: Precision,
     zero_stage: int,
-    shards: int,
+    shards: int | ZeroShards,
     trainable: int | None = None,
     gradient_bytes: int | None = None,
 ) -> StateBytes:
     """Weights, accumulated gradients and AdamW state of one rank.
 
     `parameters` are the elements this rank computes with (after tensor parallelism), `trainable`
-    those with a gradient (default: all), `shards` the ranks that ZeRO splits over: state from
-    stage 1, gradients from 2, weights from 3 (arXiv:1910.02054). In bf16: 2 + 4 + 12 bytes per
-    parameter; under stage 3 the compute copy is not stored but gathered (`gather_bytes`).
-    `gradient_bytes` of an accumulated gradient, where they are not the precision's. Raises
-    InvalidInput for another stage or fewer than one shard.
+    those with a gradient (default: all), `shards` the ranks that ZeRO splits over, of each state
+    where they differ: state from stage 1, gradients from 2, weights from 3 (arXiv:1910.02054). In
+    bf16: 2 + 4 + 12 bytes per parameter; under stage 3 the compute copy is not stored but gathered
+    from the master copy (`gather_bytes`), unless that is split over more ranks than parameters are
+    gathered from: these then hold a copy in the compute dtype, ZeRO++'s secondary partition
+    (arXiv:2306.10209, section 3.2). `gradient_bytes` of an accumulated gradient, where they are not
+    the precision's. Raises InvalidInput for another stage, fewer than one shard, or groups that are
+    not nested.
     """
-    if zero_stage not in (0, 1, 2, 3):
-        raise InvalidInput(f"zero_stage is {zero_stage}, expected 0, 1, 2 or 3")
-    if shards < 1:
-        raise InvalidInput(f"ZeRO over {shards} ranks: expected at least 1")
+    split = ZeroShards.of(shards).split(zero_stage)
     trainable = parameters if trainable is None else trainable
 
-    def share(elements: int, bytes_each: int, from_stage: int) -> int:
-        split = shards if zero_stage >= from_stage else 1
-        return -(-elements // split) * bytes_each
+    def share(elements: int, bytes_each: int, over: int) -> int:
+        return -(-elements // over) * bytes_each
 
-    if zero_stage == 3 and precision.master_bytes:
-        weights = share(parameters - trainable, precision.compute_bytes, 3)
-    else:
-        weights = share(parameters, precision.compute_bytes, 3)
+    stored = parameters
+    if zero_stage == 3 and precision.master_bytes and split.uniform:
+        stored -= trainable
     return StateBytes(
-        weights,
-        share(trainable, gradient_bytes or precision.gradient_bytes, 2),
-        share(trainable, precision.optimizer_bytes, 1),
+        share(stored, precision.compute_bytes, split.parameters),
+        share(trainable, gradient_bytes or precision.gradient_bytes, split.gradients),
+        share(trainable, precision.optimizer_bytes, split.optimizer),
     )
 
 
@@ -73,7 +72,7 @@ def gather_bytes(
     block_parameters: int,
     precision: Precision,
     zero_stage: int,
-    shards: int,
+    shards: int | ZeroShards,
     prefetched: int = 1,
     gradient_bytes: int | None = None,
 ) -> int:
@@ -81,12 +80,12 @@ def gather_bytes(
 
     Stage 3 holds the gathered block it computes and `prefetched` more (FSDP2 prefetches one), and
     from stage 2 on one block's gradient before it is scattered, in the dtype it is reduced in.
-    Nothing with a single shard.
+    Nothing of a state with a single shard.
     """
-    if shards == 1 or zero_stage < 2:
-        return 0
-    gathered = (1 + prefetched) * precision.compute_bytes if zero_stage == 3 else 0
-    return block_parameters * (gathered + (gradient_bytes or precision.gradient_bytes))
+    split = ZeroShards.of(shards).split(zero_stage)
+    gathered = (1 + prefetched) * precision.compute_bytes if split.parameters > 1 else 0
+    scattered = (gradient_bytes or precision.gradient_bytes) if split.gradients > 1 else 0
+    return block_parameters * (gathered + scattered)
 
 
 _BUCKET_ELEMENTS = 500_000_000
@@ -113,6 +112,16 @@ def flat_buffer_bytes(
     return own + min(parameters, _BUCKET_ELEMENTS) * compute * (shards > 1)
 
 
+BUFFERED_BLOCKS = 2
+"""On the device while others are in a tier: the block in use, and the one that travels."""
+
+
+def activation_buffers(held_bytes: int, largest_bytes: int) -> int:
+    """Bytes on the device for activations of which `held_bytes` are in a tier: of the blocks that
+    are there at a time, of `largest_bytes` each, or all where that is less."""
+    return min(held_bytes, BUFFERED_BLOCKS * largest_bytes)
+
+
 def in_flight_microbatches(stages: int, stage: int, microbatches: int) -> int:
     """Microbatches whose activations a stage holds at once under 1F1B: min(m, p - s).
 
@@ -133,7 +142,8 @@ class StageBytes:
     `activations` of microbatches in flight, without the `logits` that a loss keeps; `workspace` on
     top of them at the worst moment of a pass, with converted copies; `buffers`: gathered and
     prefetched parameters, gradients on their way, flat copies. `reserve` is what driver, framework
-    and collective library hold: beside the total, as a plan may not use it.
+    and collective library hold: beside the total, as a plan may not use it. `host`: activations
+    that wait in host memory.
     """
 
     weights: int
@@ -144,6 +154,7 @@ class StageBytes:
     workspace: int
     buffers: int
     reserve: int = 0
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -152,7 +163,8 @@ class StageBytes:
 
     def to_json(self) -> dict[str, int]:
         """By kind, as `Predicted.memory` holds it; adds up to the total."""
-        return {name: getattr(self, name) for name in self.__slots__ if name != "reserve"}
+        beside = ("reserve", "host")
+        return {name: getattr(self, name) for name in self.__slots__ if name not in beside}
 
 
 def stage_bytes(
@@ -169,8 +181,10 @@ def stage_bytes(
     flight (of interleaved stages a fraction), as are `outputs` that a stage holds until the
     backward pass. The backward pass goes from the last block to the first and frees as it goes, so
     that the workspace of a block comes on top of what blocks up to it keep of this microbatch.
-    `buffers` are there throughout.
+    `buffers` are there throughout, and with them those of activations that are offloaded.
     """
+    host = ceil(in_flight * sum(block.offloaded for block in blocks))
+    buffers += activation_buffers(host, max((block.offloaded for block in blocks), default=0))
     logits = ceil(in_flight * sum(block.logits for block in blocks))
     kept = ceil(in_flight * (outputs + sum(block.kept for block in blocks)))
     later, workspace = 0, 0  # of the last microbatch: what blocks after this one have freed
@@ -186,4 +200,5 @@ def stage_bytes(
         workspace=workspace,
         buffers=buffers,
         reserve=reserve,
+        host=host,
     )

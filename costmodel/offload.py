@@ -13,13 +13,10 @@ from typing import Literal
 
 from ..ir.errors import InvalidInput
 from .device import Device
-from .memory import StateBytes
+from .memory import BUFFERED_BLOCKS, StateBytes, activation_buffers
 from .precision import Precision
 
 Tier = Literal["host", "nvme"]
-
-_BUFFERED = 2
-"""Pieces on the device while others are elsewhere: the one in use, and the one that travels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +73,7 @@ def offload_parameters(
     the model in a step: two for every microbatch, three where a block runs again. They never go
     down: the update is where they are. Raises InvalidInput as `offload_optimizer` does.
     """
-    saved = max(0, weight_bytes - _BUFFERED * largest_bytes)
+    saved = max(0, weight_bytes - BUFFERED_BLOCKS * largest_bytes)
     up = passes * weight_bytes / _rate(device, tier)
     return _offload(device, tier, saved, weight_bytes, up, 0.0)
 
@@ -96,7 +93,24 @@ def offload_activations(
     """
     held = int(in_flight * kept_bytes)
     once = microbatches * kept_bytes / _rate(device, tier)
-    return _offload(device, tier, max(0, held - _BUFFERED * largest_bytes), held, once, once)
+    saved = held - activation_buffers(held, largest_bytes)
+    return _offload(device, tier, saved, held, once, once)
+
+
+def can_offload(device: Device) -> bool:
+    """Whether a device says what it takes to move activations to host memory."""
+    return device.host_link_bytes_per_s is not None and device.host_memory_bytes is not None
+
+
+def activations_exposed_seconds(device: Device, kept_bytes: int, pass_s: float) -> float:
+    """What moving a block's activations adds to a pass of `pass_s` seconds over it.
+
+    Down while the next block's forward pass runs, up while the one after it goes backward
+    (ZeRO-Infinity, section 6.2; vDNN, arXiv:1602.08124); blocks are alike, so what takes longer
+    than a pass over the block itself sticks out. The device's copy engines move it, which slows no
+    kernel. Raises InvalidInput where the device has no link to host memory.
+    """
+    return max(0.0, kept_bytes / _link(device) - pass_s)
 
 
 def _offload(

@@ -6,20 +6,23 @@ from dataclasses import dataclass, fields
 
 from ..ir.errors import InvalidInput
 from .cluster import Cluster
-from .collectives import Group, collective_seconds
+from .collectives import CollectiveKind, Group, collective_seconds
 from .device import Device
 from .precision import Precision
+from .zero import ZeroShards
 
 
 @dataclass(frozen=True, slots=True)
 class SyncSeconds:
     """Data-parallel communication of one stage, in seconds: reductions of gradients and gathers of
-    parameters, each per microbatch and once per step."""
+    parameters, each per microbatch and once per step; `outer_s` averages parameters once in several
+    steps."""
 
     reduce_per_microbatch_s: float = 0.0
     gather_per_microbatch_s: float = 0.0
     reduce_per_step_s: float = 0.0
     gather_per_step_s: float = 0.0
+    outer_s: float = 0.0
 
     @property
     def per_microbatch_s(self) -> float:
@@ -41,55 +44,67 @@ def data_parallel_sync(
     precision: Precision,
     zero_stage: int,
     trainable: float | None = None,
-    shards: int | None = None,
+    shards: int | ZeroShards | None = None,
     gradient_bytes: int | None = None,
 ) -> SyncSeconds:
     """Gradient reduction and parameter gathering over the data-parallel group.
 
     `parameters` is the number of elements this rank's stage computes with (after tensor
     parallelism), `trainable` those with a gradient (default: all), `shards` the neighbouring ranks
-    of the group that ZeRO splits over (default: all of them; with fewer, what they hold is reduced
-    over the others as well: hierarchical ZeRO, arXiv:2312.12705), `gradient_bytes` those of a
-    gradient's element (default: the precision's). By ZeRO stage (arXiv:1910.02054; engine as
-    FSDP2): 0 all-reduces gradients once; 1 reduce-scatters them and gathers parameters once; 2
-    reduce-scatters every microbatch and gathers once; 3 gathers for forward and for backward and
-    reduce-scatters, every microbatch. Raises InvalidInput for another stage, or for shards that do
-    not divide the group.
+    of the group that ZeRO splits over, of each state where they differ (default: all of them),
+    `gradient_bytes` those of a gradient's element (default: the precision's).
+
+    By ZeRO stage (arXiv:1910.02054; engine as FSDP2): 0 all-reduces gradients once; 1
+    reduce-scatters them and gathers parameters once; 2 reduce-scatters every microbatch and gathers
+    once; 3 gathers for forward and for backward and reduce-scatters, every microbatch. With all
+    state on a part of the group, what its ranks hold is reduced over the others as well, each time
+    (hybrid sharding as FSDP2 has it; hierarchical ZeRO, arXiv:2312.12705).
+
+    With a group for each state, P parameters split over p ranks, gradients over g, optimizer state
+    over o of N (1 where the stage does not split them): gathers of P over p, twice a microbatch;
+    gradients reduce-scattered over g every microbatch. Once a step what is left goes across groups
+    (MiCS's two hops, arXiv:2205.00119, section 3.4): P/g is reduce-scattered over the o/g groups
+    and P/o all-reduced over the N/o others, and the updated P/o are gathered to the P/p of the o/p
+    ranks that hold the same parameters (the refresh of ZeRO++'s secondary partition,
+    arXiv:2306.10209, section 3.2).
+
+    Raises InvalidInput for another stage, for shards that do not divide the group, or groups that
+    are not nested.
     """
     trainable = parameters if trainable is None else trainable
-    shards = group.size if shards is None else shards
-    if shards < 1 or group.size % shards:
-        raise InvalidInput(f"ZeRO over {shards} ranks: expected a divisor of {group.size}")
-    inner = Group(shards, group.stride)
-    outer = Group(group.size // shards, group.stride * shards)
+    groups = ZeroShards.of(group.size if shards is None else shards)
+    split = groups.split(zero_stage)
+    if group.size % groups.optimizer:
+        raise InvalidInput(f"ZeRO over {groups.text} ranks: expected a divisor of {group.size}")
     each = precision.gradient_bytes if gradient_bytes is None else gradient_bytes
 
-    def gather(elements: float) -> float:
-        size = elements * precision.compute_bytes
-        return collective_seconds(cluster, "all_gather", size, inner)
+    def over(kind: CollectiveKind, size: float, ranks: int, inside: int) -> float:
+        """A collective over `ranks` ranks, neighbours but for `inside` of a group that ends
+        there."""
+        return collective_seconds(cluster, kind, size, Group(ranks, group.stride * inside))
 
-    def scatter(elements: float) -> float:
-        size = elements * each
-        return collective_seconds(cluster, "reduce_scatter", size, inner) + collective_seconds(
-            cluster, "all_reduce", size / shards, outer
-        )
-
-    match zero_stage:
-        case 0:
-            whole = collective_seconds(cluster, "all_reduce", trainable * each, group)
-            return SyncSeconds(reduce_per_step_s=whole)
-        case 1:
-            return SyncSeconds(
-                reduce_per_step_s=scatter(trainable), gather_per_step_s=gather(trainable)
-            )
-        case 2:
-            return SyncSeconds(
-                reduce_per_microbatch_s=scatter(trainable), gather_per_step_s=gather(trainable)
-            )
-        case 3:
-            return SyncSeconds(scatter(trainable), 2 * gather(parameters))
-        case _:
-            raise InvalidInput(f"zero_stage is {zero_stage}, expected 0, 1, 2 or 3")
+    gather = over("all_gather", parameters * precision.compute_bytes, split.parameters, 1)
+    scatter = over("reduce_scatter", trainable * each, split.gradients, 1)
+    across = over(
+        "reduce_scatter", trainable * each / split.gradients,
+        split.optimizer // split.gradients, split.gradients,
+    )  # fmt: skip
+    rest = over(
+        "all_reduce", trainable * each / split.optimizer,
+        group.size // split.optimizer, split.optimizer,
+    )  # fmt: skip
+    refresh = over(
+        "all_gather", trainable * precision.compute_bytes / split.parameters,
+        split.optimizer // split.parameters, split.parameters,
+    )  # fmt: skip
+    alike = split.uniform if zero_stage == 3 else split.gradients == split.optimizer
+    at_once = zero_stage >= 2 and alike
+    return SyncSeconds(
+        reduce_per_microbatch_s=scatter + rest * at_once,
+        gather_per_microbatch_s=2 * gather,
+        reduce_per_step_s=across + rest * (not at_once),
+        gather_per_step_s=refresh,
+    )
 
 
 def accumulation_seconds(

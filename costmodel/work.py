@@ -20,9 +20,11 @@ Cause = Literal[
     "context_parallel",
     "expert_parallel",
     "overhead",
+    "offload",
 ]
 """`pointwise` includes normalisation, lookup and loss; `overhead` is the host's time in excess of
-the device's."""
+the device's; `offload` what moving activations to host memory takes longer than the passes beside
+it."""
 
 COMPUTE: tuple[Cause, ...] = ("matmul", "attention", "pointwise")
 """Causes that keep the device's arithmetic or its memory busy."""

@@ -11,9 +11,15 @@ from .graph import Graph, Model
 from .mesh import Mesh
 from .types import NdType, P, R, S
 
-Recompute = Literal["none", "selective", "full"]
+Recompute = Literal["none", "selective", "full", "offload"]
+"""What becomes of a block's activations until its backward pass: kept; the dear ones kept and the
+rest made again; all made again; moved to host memory and back."""
 
 ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"]
+
+
+MODEL_CHANGES = ("parallel_block", "ladder_residual", "local_update")
+"""Parts of a strategy that change the model itself, or how it is trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +28,13 @@ class Strategy:
 
     `micro_batch` in sequences per data-parallel rank; `layers` counts the segments of the repeated
     run per stage, as `--fix stages=8-8-7-9` gives them; `zero` is 0 (none) to 3 (FSDP), its state
-    split over `zero_group` neighbouring data-parallel ranks (0: all). Of the `cp` ranks of a
-    sequence `ulysses` exchange sequence for heads, the others pass keys round. `sp`: whether values
-    between blocks were fixed to be split along the sequence, or not (None: as is cheapest).
+    split over `zero_group` neighbouring data-parallel ranks (0: all), gradients over
+    `gradient_group` of these (0: as many), parameters over `parameter_group` of those. Of the `cp`
+    ranks of a sequence `ulysses` exchange sequence for heads, the others pass keys round. `sp`:
+    whether values between blocks were fixed to be split along the sequence, or not (None: as is
+    cheapest). `MODEL_CHANGES`: whether attention and MLP of a layer read the same input, and
+    sub-blocks the residual without the one before them; every how many steps replicas average their
+    parameters instead of reducing gradients (0: they do not).
     """
 
     pp: int = 1
@@ -42,6 +52,11 @@ class Strategy:
     zero_group: int = 0
     sp: bool | None = None
     ulysses: int = 1
+    gradient_group: int = 0
+    parameter_group: int = 0
+    parallel_block: bool = False
+    ladder_residual: bool = False
+    local_update: int = 0
 
     @property
     def ranks(self) -> int:
@@ -51,7 +66,8 @@ class Strategy:
         """The fields scripts rely on."""
         names = ("pp", "vpp", "dp", "cp", "tp", "ep", "zero", "micro_batch", "schedule")
         data: dict[str, Any] = {name: getattr(self, name) for name in names}
-        more = {"etp": self.etp, "zero_group": self.zero_group, "sp": self.sp}
+        others = ("etp", "zero_group", "gradient_group", "parameter_group", "sp")
+        more = {name: getattr(self, name) for name in (*others, *MODEL_CHANGES)}
         return data | {"recompute": self.recompute, "stages": list(self.layers), **more}
 
     def __str__(self) -> str:
@@ -59,10 +75,13 @@ class Strategy:
         for name in ("vpp", "cp", "ulysses", "ep", "etp"):
             if getattr(self, name) > 1:
                 shown.append(f"{name}={getattr(self, name)}")
-        if self.zero_group:
-            shown.append(f"zero_group={self.zero_group}")
+        for name in ("zero_group", "gradient_group", "parameter_group"):
+            if getattr(self, name):
+                shown.append(f"{name}={getattr(self, name)}")
         if self.schedule not in ("1f1b", "interleaved"):
             shown.append(f"schedule={self.schedule}")
+        shown += [f"{name}={int(getattr(self, name))}" for name in MODEL_CHANGES
+                  if getattr(self, name)]  # fmt: skip
         shown += [f"micro_batch={self.micro_batch}", f"recompute={self.recompute}"]
         return " ".join(shown)
 

@@ -16,13 +16,16 @@ stage_intervals  every stage that there could be, with its sums
 stage_choices    what a stage's seconds can be traded for
 stage_cover      the fewest devices on which stages cover a model
 stage_program    the plan of that problem whose slowest stage takes least
-candidates       configurations to look at
+candidates       a configuration
+space            the configurations to look at
 bounds           what no cut of a configuration can beat
 solving          one candidate solved: its stages, its step, where it lies
 relax            why nothing fits, and what would
 search           best first over configurations, with bounds
 fewer_nodes      on how many nodes a job spends least
 request, fix     what is asked for, what is fixed, pins
+allow            changes of the model itself that may be made
+model_changes    what these cost and save
 sites            the parts of a cluster that pipeline ranks lie on
 mapping          which node takes which place of a job
 rank_order       which rank of a plan takes which device, for what is there already
@@ -39,6 +42,7 @@ build, report    the plan, and the plan in words
 explain          where time and memory go, what binds, what the runners-up lose
 """
 
+from .allow import Allow
 from .build import build_plan, check_described
 from .candidates import emits, unemittable
 from .explain import Explanation
@@ -55,6 +59,7 @@ from .stage_program import best_stages
 from .transfer import scaled_plan
 
 __all__ = [
+    "Allow",
     "Explanation",
     "Fix",
     "Prediction",

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from ..costmodel.memory import BUFFERED_BLOCKS
 from ..costmodel.overlap import overlap_cost_fraction
 from ..costmodel.pipeline import halved_paces, least_paces, least_passes
 from ..costmodel.steptime import accumulation_seconds, optimizer_step_seconds
@@ -104,7 +105,8 @@ def variant_floors(
     """A lower bound for each of `options`, which differ in schedule, ZeRO and its group alone;
     `inners` are the insides of blocks as each pipeline rank has them. inf where memory is too
     small for any cut. What lies above `enough_s` is not worked out: it is given as that."""
-    parts = {id(inner): _Load.of(request, options, inner) for inner in distinct_of(inners)}
+    share = Shares.of(request, inners).forward
+    parts = {id(inner): _Load.of(request, options, inner, share) for inner in distinct_of(inners)}
     loads = [parts[id(inner)] for inner in inners]
     fluid = _Fluid(request, options, inners, loads)
     # whatever the memory, all work has to be done
@@ -137,14 +139,16 @@ def afterwards_seconds(request: Request, candidate: Candidate, inner: Inner) -> 
 class _Load:
     """A layer of the commonest block, and the ends of the model, on one kind of rank.
 
-    Arrays are [1 or ranks, variants]: seconds of a layer in each mode, its bytes of state, buffers
-    beside them, seconds and bytes of the first and of the last segment, seconds through the whole
-    model; seconds of ZeRO's communication of a layer and of the ends, which runs beside compute and
-    which a stage takes at least.
+    Arrays are [1 or ranks, variants]: seconds of a layer in each mode, the bytes that it keeps, and
+    that stages with some of it need for what passes through; its bytes of state, buffers beside
+    them and the least workspace, seconds and bytes of the first and of the last segment, seconds
+    through the whole model; seconds of ZeRO's communication of a layer and of the ends, which runs
+    beside compute and which a stage takes at least.
     """
 
     seconds: dict[Recompute, Array]
     kept: dict[Recompute, Array]
+    passing: dict[Recompute, Array]
     state: Array
     buffers: Array
     ends_s: tuple[Array, Array]
@@ -167,10 +171,21 @@ class _Load:
         def rows(of: Callable[[_Load], Array]) -> Array:
             return np.concatenate([of(load) for load in loads])
 
-        modes = list(loads[0].seconds)
+        def each(of: Callable[[_Load], dict[Recompute, Array]]) -> dict[Recompute, Array]:
+            """By mode; a rank without one has its last in its place."""
+            modes = dict.fromkeys(mode for load in loads for mode in load.seconds)
+            found: dict[Recompute, Array] = {}
+            for mode in modes:
+                own = [mode if mode in load.seconds else list(load.seconds)[-1] for load in loads]
+                found[mode] = np.concatenate(
+                    [of(load)[m] for load, m in zip(loads, own, strict=True)]
+                )
+            return found
+
         return _Load(
-            {mode: rows(lambda load, m=mode: load.seconds[m]) for mode in modes},  # type: ignore[misc]
-            {mode: rows(lambda load, m=mode: load.kept[m]) for mode in modes},  # type: ignore[misc]
+            each(lambda load: load.seconds),
+            each(lambda load: load.kept),
+            each(lambda load: load.passing),
             rows(lambda load: load.state),
             rows(lambda load: load.buffers),
             (rows(lambda load: load.ends_s[0]), rows(lambda load: load.ends_s[1])),
@@ -183,7 +198,9 @@ class _Load:
         )
 
     @staticmethod
-    def of(request: Request, options: Sequence[Candidate], inner: Inner) -> _Load:
+    def of(request: Request, options: Sequence[Candidate], inner: Inner, share: float) -> _Load:
+        """`share`: what of a layer's time its forward pass takes at most, where that counts."""
+        virtual = np.array([each.vpp > 1 for each in options])
         model = request.model
         modes = list(dict.fromkeys(mode for _, mode in inner.costs))
         if request.fix.recompute is not None:
@@ -193,16 +210,17 @@ class _Load:
         ends = model.segments[0].block, model.segments[-1].block
         waits = _waits(request, options, inner)
 
-        ways = {(each.zero, each.zero_group): each for each in options}
-        way_of = [list(ways).index((each.zero, each.zero_group)) for each in options]
+        ways = {each.sharing: each for each in options}
+        way_of = [list(ways).index(each.sharing) for each in options]
 
         def per_way(of: Callable[[Candidate], float]) -> Array:
             """What depends on how state is shared out alone."""
             return np.array([of(each) for each in ways.values()], np.float64)[None, way_of]
 
         def seconds(block: str, mode: Recompute) -> Array:
-            least = inner.costs[block, mode].seconds + added(block)
-            return np.asarray(least + overlap_cost_fraction() * waits[block])
+            cost, plain = inner.costs[block, mode], inner.costs[block, "none"]
+            least = np.where(virtual, cost.seconds, cost.least_seconds(plain, share))
+            return np.asarray(least + added(block) + overlap_cost_fraction() * waits[block])
 
         def number(value: float) -> Array:
             return np.full((1, 1), value)
@@ -228,8 +246,11 @@ class _Load:
         return _Load(
             {mode: seconds(layer, mode) for mode in modes},
             {mode: number(inner.costs[layer, mode].memory.kept) for mode in modes},
+            {mode: number(BUFFERED_BLOCKS * inner.costs[layer, mode].memory.offloaded)
+             for mode in modes},
             state(layer),
-            per_way(lambda each: gathered_bytes(request, each, inner, [layer])),
+            per_way(lambda each: gathered_bytes(request, each, inner, [layer]))
+            + _least_workspace(request, inner, modes),
             (seconds(ends[0], "none"), seconds(ends[1], "none")),
             (state(ends[0]), state(ends[1])),
             (number(inner.costs[ends[0], "none"].memory.kept),
@@ -250,21 +271,35 @@ def commonest_block(request: Request) -> str:
     return max(counts, key=lambda block: counts[block])
 
 
+def _least_workspace(request: Request, inner: Inner, modes: Sequence[Recompute]) -> int:
+    """Bytes that the last block of a stage needs at least while it runs: its microbatch has freed
+    nothing yet. A stage of the first segment alone has no layers to bound."""
+    plain: list[Recompute] = ["none"]
+    layers = repeated(request.model)
+    own = [segment.block for i, segment in enumerate(request.model.segments) if i in layers]
+    rest = {segment.block for segment in request.model.segments[1:]}
+    return min(
+        (inner.costs[block, mode].memory.workspace
+         for block in rest for mode in (modes if block in own else plain)),
+        default=0,
+    )  # fmt: skip
+
+
 def _waits(request: Request, options: Sequence[Candidate], inner: Inner) -> dict[str, Array]:
     """Seconds of communication per microbatch of one call of every block, at the rate of the
     largest message there could be: that of all parameters of the model at once."""
     counts = request.model.counts
     sizes = {block: inner.parameters_of(request.model.blocks[block], block) for block in counts}
     whole = [sum(counts[block] * sizes[block][kind] for block in counts) for kind in (0, 1)]
-    rates: dict[tuple[int, int], tuple[float, float]] = {}
+    rates: dict[tuple[int, int, int, int, int], tuple[float, float]] = {}
     for each in options:
-        if (key := (each.zero, each.zero_group)) not in rates:
+        if (key := each.sharing) not in rates:
             dense, experts = (
                 sync_seconds(request, each, inner.cluster, *only).per_microbatch_s
                 for only in ((whole[0], 0), (0, whole[1]))
             )
             rates[key] = dense / max(1, whole[0]), experts / max(1, whole[1])
-    every = np.array([rates[each.zero, each.zero_group] for each in options])
+    every = np.array([rates[each.sharing] for each in options])
     return {block: (every @ np.array(sizes[block], np.float64))[None, :] for block in counts}
 
 
@@ -320,12 +355,12 @@ class _Fluid:
         halved = np.array([each.schedule == "zb-v" for each in options])
         self.before_s = np.where(halved, self._forward_share(distinct, layer), 1.0) * reached
         self.before_s = self.before_s + sent[:, None]
-        ways = {(each.zero, each.zero_group): each for each in options}
+        ways = {each.sharing: each for each in options}
         after = {
             key: min(afterwards_seconds(request, each, inner) for inner in distinct)
             for key, each in ways.items()
         }
-        self.afterwards_s = np.array([after[each.zero, each.zero_group] for each in options])
+        self.afterwards_s = np.array([after[each.sharing] for each in options])
 
     @staticmethod
     def _forward_share(inners: Sequence[Inner], layer: str) -> float:
@@ -414,21 +449,27 @@ def _capacity(load: _Load, time: Array, room: Array, alive: Array) -> tuple[Arra
     time = np.maximum(time, 0.0)
     best, free, rate = (np.zeros(np.broadcast_shapes(time.shape, room.shape)) for _ in range(3))
     modes, quickest = list(load.seconds), load.quickest
-    for at, cheap in enumerate(modes):
-        fast, full = load.seconds[cheap], load.state + alive * load.kept[cheap]
-        by_time, alone = time / fast, room / full
-        best = np.maximum(best, np.minimum(by_time, alone))
-        as_fast = fast <= quickest * (1 + 1e-12)
-        free = np.maximum(free, np.where(as_fast, alone, 0.0))
-        rate = np.maximum(rate, np.where(as_fast, 0.0, 1 / fast))
-        for dear in modes[at + 1 :]:
-            saved = alive * (load.kept[cheap] - load.kept[dear])
-            more = load.seconds[dear] - fast
-            if (saved <= 0).any() or (more < 0).any():
-                continue
-            slope = fast + full * more / saved
-            mixed = (time + room * more / saved) / slope
-            most = room / (load.state + alive * load.kept[dear])
-            best = np.maximum(best, np.minimum(np.minimum(by_time, mixed), most))
-            rate = np.maximum(rate, 1 / slope)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for at, cheap in enumerate(modes):
+            fast, full = load.seconds[cheap], load.state + alive * load.kept[cheap]
+            inside = np.maximum(room - load.passing[cheap], 0.0)
+            by_time, alone = time / fast, np.where(full > 0, inside / full, np.inf)
+            best = np.maximum(best, np.minimum(by_time, alone))
+            as_fast = fast <= quickest * (1 + 1e-12)
+            free = np.maximum(free, np.where(as_fast, alone, 0.0))
+            rate = np.maximum(rate, np.where(as_fast, 0.0, 1 / fast))
+            for dear in modes[at + 1 :]:
+                saved = alive * (load.kept[cheap] - load.kept[dear])
+                more = load.seconds[dear] - fast
+                trades = (saved > 0) & (more >= 0)  # else one is better in both, and all is in it
+                if not trades.any():
+                    continue
+                slope = fast + full * more / saved
+                inside = np.maximum(room - load.passing[dear], 0.0)
+                mixed = (time + inside * more / saved) / slope
+                least = load.state + alive * load.kept[dear]
+                most = np.where(least > 0, inside / least, np.inf)
+                both = np.minimum(np.minimum(by_time, mixed), most)
+                best = np.maximum(best, np.where(trades, both, 0.0))
+                rate = np.maximum(rate, np.where(trades, 1 / slope, 0.0))
     return best, free, rate

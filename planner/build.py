@@ -27,8 +27,9 @@ from ..ir.plan import (
 from ..ir.types import R
 from ..ir.workload import Workload
 from .candidates import emits, unemittable
-from .inner import replicated, with_data_axis
+from .inner import MODES, replicated, with_data_axis
 from .leave_out import advice_on
+from .model_changes import described
 from .request import Request, repeated
 from .search import Found, Search
 from .solving import Outcome
@@ -63,7 +64,7 @@ def build_plan(search: Search, found: Found, asked_for: Cluster | None = None) -
 
 def _advice(search: Search, found: Found, asked_for: Cluster | None) -> Iterator[str]:
     request, best = search.request, found.outcomes[0]
-    yield from _limits(request.model, best)
+    yield from _limits(request, best)
     if found.interrupted:
         yield (
             f"the search was interrupted: the best of {found.solved} configurations solved, "
@@ -91,10 +92,16 @@ def _certificate(found: Found) -> Certificate:
     )  # fmt: skip
 
 
-def _limits(model: Model, best: Outcome) -> tuple[str, ...]:
-    """What of the plan no backend emits yet, in a line."""
-    reason = unemittable(best.candidate) if emits(model) else "mixtures of experts"
-    return (f"cannot be emitted yet: {reason}",) if reason else ()
+def _limits(request: Request, best: Outcome) -> Iterator[str]:
+    """What of the plan no backend emits yet, in a line, and what it needs beside its devices."""
+    emitted = emits(request.model)
+    reason = unemittable(strategy_of(request, best)) if emitted else "mixtures of experts"
+    if reason:
+        yield f"cannot be emitted yet: {reason}"
+    if changes := "; ".join(described(best.candidate)):
+        yield f"changes the model: {changes}"
+    if most := max(stage.host for stage in best.memory):
+        yield f"up to {most / GIB:.1f} GiB of activations for each device wait in host memory"
 
 
 def full_annotations(model: Model, tensor: Mapping[str, Annotation]) -> dict[str, Annotation]:
@@ -123,9 +130,7 @@ def strategy_of(request: Request, outcome: Outcome) -> Strategy:
     """The strategy in the names scripts rely on; `recompute` is the strongest mode in use."""
     candidate = outcome.candidate
     used: set[Recompute] = {mode for stage in outcome.cut.modes for mode in stage}
-    strongest: Recompute = (
-        "full" if "full" in used else "selective" if "selective" in used else "none"
-    )
+    strongest = max(used, key=MODES.index)
     return Strategy(
         pp=candidate.pp,
         dp=candidate.dp,
@@ -140,6 +145,11 @@ def strategy_of(request: Request, outcome: Outcome) -> Strategy:
         ep=candidate.ep,
         etp=candidate.etp,
         zero_group=candidate.zero_group,
+        gradient_group=candidate.gradient_group,
+        parameter_group=candidate.parameter_group,
+        parallel_block=candidate.parallel_block,
+        ladder_residual=candidate.ladder_residual,
+        local_update=candidate.local_update,
         ulysses=candidate.ulysses,
         sp=request.fix.sp,
     )

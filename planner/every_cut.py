@@ -11,7 +11,7 @@ from itertools import combinations, pairwise, product
 
 from ..ir.plan import Recompute
 from .candidates import Candidate, placement_of
-from .footprint import rank_bytes
+from .footprint import fits, rank_bytes
 from .inner import Inner
 from .request import Request, bounds_of, repeated
 from .stages import Cut, windows
@@ -105,11 +105,12 @@ def _first_that_fits(
         costs = (inner.costs[b, mode].seconds for b, mode in zip(blocks, picks, strict=True))
         return sum(costs)
 
-    every = [p for p in product(modes, repeat=len(places)) if len(set(p)) <= 2]
+    own = [mode for mode in modes if mode in inner.modes]
+    every = [p for p in product(own, repeat=len(places)) if len(set(p)) <= 2]
     for picks in sorted(every, key=seconds):
         for (v, i), mode in zip(places, picks, strict=True):
             chosen[v][i - bounds[v]] = mode
         memory = rank_bytes(request, candidate, inners, bounds, chosen)[rank]
-        if memory.total <= inner.cluster.device.memory_limit_bytes:
+        if fits(memory, inner):
             return picks
     return None

@@ -110,8 +110,11 @@ class Explanation:
         fullest = max(range(len(used)), key=used.__getitem__)
         state = "full" if used[fullest] > _FULL else "not full"
         lines.append(f"  memory is {state}: stage {fullest} uses {used[fullest]:.0%} of it")
-        if any(mode != "none" for stage in plan.stages for mode in stage.recompute):
+        modes = {mode for stage in plan.stages for mode in stage.recompute}
+        if modes & {"selective", "full"}:
             lines.append("  some layers are recomputed to fit the memory")
+        if "offload" in modes:
+            lines.append("  activations of some layers wait in host memory, as they do not fit")
         bubble = plan.predicted.time.get("pipeline_bubble", 0.0) / plan.predicted.step_seconds
         if bubble > 0.05:
             lines.append(f"  {plan.microbatches} microbatches leave a bubble of {bubble:.0%}")

@@ -15,6 +15,7 @@ from ..costmodel.cluster import Cluster
 from ..ir import Infeasible, InvalidInput
 from ..ir.graph import Model
 from ..ir.workload import Workload
+from .allow import Allow
 from .candidates import divisors
 from .fix import Fix
 from .leave_out import slow_nodes
@@ -36,6 +37,7 @@ def least_spending(
     anything: bool = False,
     top: int = 5,
     progress: Callable[[str], None] | None = None,
+    allow: Allow | None = None,
 ) -> tuple[Search, Found]:
     """The search whose best configuration spends least, and what it found; its bound is over all
     numbers of nodes.
@@ -43,7 +45,7 @@ def least_spending(
     Raises Infeasible, saying what would fit, where the job fits on none of them, and InvalidInput
     as `Search` does on all nodes.
     """
-    whole = Search(Request.on(model, cluster, workload, fix), anything=anything,
+    whole = Search(Request.on(model, cluster, workload, fix, allow=allow), anything=anything,
                    objective=objective)  # fmt: skip
     best: tuple[Search, Found] | None = None
     looked_at: list[Found] = []
@@ -52,7 +54,7 @@ def least_spending(
         search = whole
         try:
             if left_out:
-                request = Request.on(model, cluster.without(left_out), workload, fix)
+                request = Request.on(model, cluster.without(left_out), workload, fix, allow=allow)
                 search = Search(request, anything=anything, objective=objective, like=whole)
             limit = float("inf") if best is None else best[1].spent(best[1].outcomes[0])
             found = search.attempt(top, progress, limit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any, get_args
 
 from ..ir import InvalidInput
@@ -12,10 +13,11 @@ from ..ir.plan import ScheduleName
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"),
-    "recompute": ("none", "selective", "full"),
+    "recompute": ("none", "selective", "full", "offload"),
     "attention": ("heads", "ulysses", "ring", "gather-kv", "tokenring"),
 }
-_DEGREES = ("pp", "vpp", "dp", "cp", "tp", "ep", "etp", "micro_batch", "zero_group")
+_DEGREES = ("pp", "vpp", "dp", "cp", "tp", "ep", "etp", "micro_batch", "zero_group",
+            "gradient_group", "parameter_group")  # fmt: skip
 KEYS = (*_DEGREES, "sp", "zero", "stages", *_CHOICES)
 
 
@@ -37,6 +39,8 @@ class Fix:
     ep: int | None = None
     etp: int | None = None
     zero_group: int | None = None
+    gradient_group: int | None = None
+    parameter_group: int | None = None
     attention: str | None = None
 
     @staticmethod
@@ -80,8 +84,15 @@ class Fix:
         return (
             any((degree or 1) > 1 for degree in degrees)
             or self.schedule not in (None, "1f1b", "gpipe")
-            or self.zero_group is not None
+            or any(each is not None for each in self.zero_groups)
+            or self.recompute == "offload"
         )
+
+    @property
+    def zero_groups(self) -> tuple[int | None, int | None, int | None]:
+        """Ranks over which optimizer state, gradients and parameters are split; without the other
+        two `zero_group` is that of all."""
+        return self.zero_group, self.gradient_group, self.parameter_group
 
     @property
     def schedule_name(self) -> ScheduleName:
@@ -126,9 +137,8 @@ def _read(items: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_pairs(found: Mapping[str, Any]) -> None:
     """Raises InvalidInput for parts that contradict each other whatever the model and cluster."""
-    schedule, vpp, zero, group = (found.get(k) for k in ("schedule", "vpp", "zero", "zero_group"))
-    if zero == 0 and group is not None:
-        raise InvalidInput(f"--fix: zero_group={group} without ZeRO, expected zero=1, 2 or 3")
+    schedule, vpp, zero = (found.get(k) for k in ("schedule", "vpp", "zero"))
+    _check_groups(found, zero)
     expected = {"interleaved": "2 or more", "zb-v": "2"}.get(schedule or "", "1")
     if schedule and vpp and (vpp < 2 if expected == "2 or more" else str(vpp) != expected):
         raise InvalidInput(
@@ -139,6 +149,23 @@ def _check_pairs(found: Mapping[str, Any]) -> None:
     if cp and attention and (attention == "heads") != (cp == 1):
         expected = "heads" if cp == 1 else "another than heads"
         raise InvalidInput(f"--fix: attention={attention} with cp={cp}, expected {expected}")
+
+
+def _check_groups(found: Mapping[str, Any], zero: int | None) -> None:
+    """Raises InvalidInput for groups of state that the ZeRO stage does not split, or that are not
+    nested."""
+    names = (("zero_group", 1), ("gradient_group", 2), ("parameter_group", 3))
+    for name, least in names:
+        if zero is not None and zero < least and name in found:
+            what = "without ZeRO" if zero == 0 else f"with zero={zero}"
+            expected = {1: "zero=1, 2 or 3", 2: "zero=2 or 3", 3: "zero=3"}[least]
+            raise InvalidInput(f"--fix: {name}={found[name]} {what}, expected {expected}")
+    given = [(name, found[name]) for name, _ in names if name in found]
+    for (outer, most), (inner, size) in pairwise(given):
+        if most % size:
+            raise InvalidInput(
+                f"--fix: {inner}={size} does not divide {outer}={most}: groups are nested"
+            )
 
 
 def value_of(stages: tuple[int, ...]) -> str:

@@ -18,9 +18,11 @@ from ..costmodel.memory import (
     stage_bytes,
     state_bytes,
 )
+from ..costmodel.offload import can_offload
 from ..costmodel.precision import Precision
 from ..costmodel.runtime import Runtime
 from ..costmodel.shards import local_shape
+from ..costmodel.zero import ZeroShards
 from ..ir.mesh import Mesh
 from ..ir.optable import TABLE
 from ..ir.plan import Recompute
@@ -90,7 +92,10 @@ class Parameters:
         """Elements whose optimizer state a rank has."""
         if candidate.zero == 0:
             return self.elements
-        return self.dense / candidate.shards + self.experts / candidate.expert_shards
+        return (
+            self.dense / candidate.shards.optimizer
+            + self.experts / candidate.expert_shards.optimizer
+        )
 
 
 def rank_bytes(
@@ -178,6 +183,18 @@ def _one_rank(
     )
 
 
+def host_room(inner: Inner) -> float:
+    """Bytes of host memory for a rank's activations; inf where no device offloads any."""
+    device = inner.cluster.device
+    return float(device.host_memory_bytes or 0) if can_offload(device) else float("inf")
+
+
+def fits(memory: StageBytes, inner: Inner) -> bool:
+    """Whether a rank's bytes fit its device, and host memory."""
+    limit = inner.cluster.device.memory_limit_bytes
+    return memory.total <= limit and memory.host <= host_room(inner)
+
+
 def held_state(request: Request, candidate: Candidate, dense: int, experts: int) -> StateBytes:
     """Weights, gradients and optimizer state of so many parameters of dense layers and experts."""
     state = rank_state(request.precision, candidate, dense, request.runtime)
@@ -200,7 +217,7 @@ def _state(
     candidate: Candidate,
     parameters: int,
     runtime: Runtime | None,
-    shards: int,
+    shards: ZeroShards,
 ) -> StateBytes:
     gradient_bytes = None if runtime is None else _accumulated_bytes(precision, candidate, runtime)
     return state_bytes(parameters, precision, candidate.zero, shards, gradient_bytes=gradient_bytes)
@@ -246,7 +263,9 @@ def _flat_buffers(request: Request, candidate: Candidate, parameters: Parameters
     )
     accumulated = _accumulated_bytes(request.precision, candidate, request.runtime)
     return sum(
-        flat_buffer_bytes(elements, request.precision, accumulated, candidate.zero, shards)
+        flat_buffer_bytes(
+            elements, request.precision, accumulated, candidate.zero, shards.optimizer
+        )
         for elements, shards in groups
         if elements
     )

@@ -3,6 +3,7 @@ every way to split beside it."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -16,9 +17,9 @@ from ..ir.plan import Annotation, Recompute
 from .candidates import Candidate
 from .chain import Chain
 from .costs import ModelCosts
-from .inner import MODES, Inner, chosen_types, inner_of, splits_anything, sub_axes
+from .inner import Inner, chosen_types, inner_of, modes_for, splits_anything, sub_axes
 from .linear_program import Solver
-from .request import Request, pinned_types
+from .request import Request, pinned_types, repeated
 from .signatures import nd_signatures
 
 Solved = tuple[Mapping[str, Annotation], float, str]
@@ -35,6 +36,7 @@ class Insides:
 
     request: Request
     solver: Solver = "highs"
+    anything: bool = False
     chain: Chain = field(init=False)
     modes: tuple[Recompute, ...] = field(init=False)
     refused: dict[int, Infeasible] = field(default_factory=dict)
@@ -47,8 +49,8 @@ class Insides:
         model = self.request.model
         chain = Chain.of(model, pinned_types(model))
         self.chain = replace(chain, sequence_split=self.request.fix.sp)
-        fixed = self.request.fix.recompute
-        self.modes = tuple(mode for mode in MODES if fixed in (None, mode))
+        device = self.request.cluster.device
+        self.modes = modes_for(self.request.fix.recompute, device, self.anything)
 
     def mesh(self, candidate: Candidate) -> Mesh:
         """pp, dp and tp with its sub-axes, outermost first; between dp and tp the context-parallel
@@ -64,7 +66,8 @@ class Insides:
         request's); None where tp would split nothing, or pins cannot hold (`refused` says why)."""
         where = cluster or self.request.cluster
         beside = (candidate.cp, candidate.ulysses, candidate.ep, candidate.etp)
-        key = (candidate.tp, candidate.micro_batch, *beside, where)
+        changes = (candidate.parallel_block, candidate.ladder_residual)
+        key = (candidate.tp, candidate.micro_batch, *beside, *changes, where)
         if key not in self._inner:
             self._inner[key] = self._priced(candidate, where)
         return self._inner[key]
@@ -109,7 +112,12 @@ class Insides:
         types, bound, method = solved
         modes = tuple(dict.fromkeys(("none", *self.modes)))
         costs = self._costs_of(candidate, where).beside(candidate)
-        return inner_of(self.chain, types, costs, modes, bound, method)
+        inner = inner_of(self.chain, types, costs, modes, bound, method)
+        if self.request.fix.recompute is not None:
+            return inner
+        model, layers = self.request.model, repeated(self.request.model)
+        counts = Counter(s.block for i, s in enumerate(model.segments) if i in layers)
+        return inner.where_hidden(counts)
 
     def _costs_of(self, candidate: Candidate, where: Cluster) -> ModelCosts:
         key = (candidate.tp, candidate.micro_batch, candidate.cp, where)

@@ -46,7 +46,9 @@ def advice_on(request: Request, best: Outcome, anything: bool = False) -> tuple[
     lines = []
     for count in dict.fromkeys(n for n in (1, len(slow)) if 0 < n <= len(slow) < cluster.nodes):
         fewer = cluster.without(slow[:count])
-        other = Request.on(request.model, fewer, request.workload, request.fix, request.runtime)
+        other = Request.on(
+            request.model, fewer, request.workload, request.fix, request.runtime, request.allow
+        )
         try:
             found = Search(other, anything=anything).attempt(top=1, limit=best.seconds)
         except (InvalidInput, Infeasible):  # the batch or the pins want all nodes

@@ -18,12 +18,13 @@ from ..ir.mesh import Axis, Mesh
 from ..ir.optable import TABLE
 from ..ir.plan import Annotation, Recompute, Strategy
 from ..ir.schedule_rows import default_vpp, schedule_placement
-from .candidates import Candidate, placement_of
+from .candidates import ZERO_GROUPS, Candidate, placement_of
 from .chain import Chain
 from .costs import ModelCosts
 from .experts import ExpertPart
 from .fix import Fix
-from .inner import Inner, chosen_types, inner_of, splits_anything, sub_axes
+from .footprint import host_room
+from .inner import MODES, Inner, chosen_types, inner_of, splits_anything, sub_axes
 from .report import prediction_text, stored
 from .request import Request, bounds_of, pinned_types, repeated
 from .sbp_program import solve
@@ -73,6 +74,7 @@ class Prediction:
     model: Model
     annotations: Mapping[str, Annotation]
     bounds: tuple[int, ...]
+    host_limit_bytes: float = float("inf")
 
     def __str__(self) -> str:
         return prediction_text(self)
@@ -84,8 +86,9 @@ class Prediction:
 
     @property
     def fits(self) -> bool:
-        """Whether every stage fits the memory that a plan may use."""
-        return max(self.memory_bytes) <= self.memory_limit_bytes
+        """Whether every stage fits the memory that a plan may use, on the device and beside it."""
+        most = max(stage.host for stage in self.memory)
+        return max(self.memory_bytes) <= self.memory_limit_bytes and most <= self.host_limit_bytes
 
     def to_json(self) -> dict[str, Any]:
         """What `shardwright predict --json` prints."""
@@ -170,6 +173,8 @@ def predict(request: Request) -> Prediction:
             ep=candidate.ep,
             etp=candidate.etp,
             zero_group=candidate.zero_group,
+            gradient_group=candidate.gradient_group,
+            parameter_group=candidate.parameter_group,
             sp=request.fix.sp,
         ),
         seconds,
@@ -182,12 +187,12 @@ def predict(request: Request) -> Prediction:
         request.model,
         inners[0].annotations,
         tuple(bounds),
+        min(map(host_room, inners)),
     )
 
 
 def _mode(fix: Fix) -> Recompute:
-    modes: dict[str | None, Recompute] = {None: "none", "selective": "selective", "full": "full"}
-    return modes.get(fix.recompute, "none")
+    return next((mode for mode in MODES if mode == fix.recompute), "none")
 
 
 def candidate_of(request: Request) -> Candidate:
@@ -235,16 +240,31 @@ def candidate_of(request: Request) -> Candidate:
     layers = repeated(request.model).count
     if pp * vpp > layers + 2:
         raise InvalidInput(f"--fix: pp*vpp = {pp}*{vpp} stages, but the model has {layers} layers")
-    group = fix.zero_group or 0
-    if group and not fix.zero:
-        raise InvalidInput(f"--fix: zero_group={group} without ZeRO, expected zero=1, 2 or 3")
-    if group and (dp * cp) % group:
-        raise InvalidInput(f"--fix: zero_group={group} does not divide dp*cp = {dp * cp}")
+    groups = _zero_groups(fix, dp * cp)
     if (dp * cp * tp) % (ep * etp):
         raise InvalidInput(f"--fix: ep*etp = {ep}*{etp} does not divide dp*cp*tp = {dp * cp * tp}")
     return Candidate(
-        pp, dp, tp, fix.zero or 0, micro, batch // (dp * micro), schedule, vpp, cp, ep, etp, group
-    )
+        pp, dp, tp, fix.zero or 0, micro, batch // (dp * micro), schedule, vpp, cp, ep, etp,
+        zero_group=groups[0], gradient_group=groups[1], parameter_group=groups[2],
+    )  # fmt: skip
+
+
+def _zero_groups(fix: Fix, replicas: int) -> tuple[int, int, int]:
+    """`ZERO_GROUPS` as they are fixed; raises InvalidInput where ZeRO or the ranks do not allow
+    them."""
+    zero, most = fix.zero or 0, replicas
+    found: list[int] = []
+    for name, least, given in zip(ZERO_GROUPS, (1, 2, 3), fix.zero_groups, strict=True):
+        if given and zero < least:
+            expected = ("zero=1, 2 or 3", "zero=2 or 3", "zero=3")[least - 1]
+            what = f"with zero={zero}" if zero else "without ZeRO"
+            raise InvalidInput(f"--fix: {name}={given} {what}, expected {expected}")
+        if given and most % given:
+            whole = f"dp*cp = {replicas}" if most == replicas else f"the {most} ranks around it"
+            raise InvalidInput(f"--fix: {name}={given} does not divide {whole}")
+        found.append(given or 0)
+        most = given or most
+    return found[0], found[1], found[2]
 
 
 def _check_heads(model: Model, tp: int) -> None:

@@ -70,7 +70,8 @@ class Seats:
     def movable(self) -> bool:
         """Whether units of a stage are alike: not where some of them form groups of their own."""
         strategy = self.plan.strategy
-        return strategy.ep * strategy.etp == 1 and not strategy.zero_group
+        groups = strategy.zero_group or strategy.gradient_group or strategy.parameter_group
+        return strategy.ep * strategy.etp == 1 and not groups
 
     def found(self, device_of: Sequence[int]) -> float:
         """Bytes that ranks on these devices find."""

@@ -13,11 +13,12 @@ from ..costmodel.memory import state_bytes
 from ..ir import Infeasible, InvalidInput, ShardwrightError
 from ..ir.workload import Workload
 from .bounds import variant_floors
-from .candidates import Candidate, allowed, counts, heads, most_devices
+from .candidates import Candidate
 from .fix import Fix
 from .footprint import Parameters, held_state
 from .request import Request
 from .solving import Outcome, Solving
+from .space import allowed, counts, heads, most_devices
 from .stages import Shortfall
 
 GIB = 2**30
@@ -180,7 +181,7 @@ class _Shortage:
         try:
             request = changed(self.request)
             like = self.solving if request.workload == self.request.workload else None
-            other = Solving(request, self.solving.solver, like)
+            other = Solving(request, self.solving.solver, like, self.anything)
             every = heads(request)
         except InvalidInput:
             return False

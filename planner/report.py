@@ -171,13 +171,17 @@ def stored(zero: int, kind: NdType) -> NdType:
     return NdType(data.axes + tuple(item for item in kind.axes if item[0] != "dp"))
 
 
+_SELDOM = ("etp", "zero_group", "gradient_group", "parameter_group", "sp")
+"""Parts of a strategy that are shown where they are not the default."""
+
+
 def prediction_text(found: Prediction) -> str:
     """A prediction as a table a person can read."""
     strategy, seconds = found.strategy, found.step_seconds
     shown = [
         f"{key}={value}"
         for key, value in strategy.to_json().items()
-        if key != "stages" and (key not in ("etp", "zero_group", "sp") or value not in (None, 0, 1))
+        if key != "stages" and (key not in _SELDOM or value not in (None, 0, 1))
     ]
     head = [
         f"{found.model.name or 'model'}: {' '.join(shown)}",

@@ -10,6 +10,7 @@ from math import prod
 
 from ..costmodel.cluster import Cluster
 from ..costmodel.kernels import op_flops
+from ..costmodel.offload import can_offload
 from ..costmodel.precision import Precision
 from ..costmodel.runtime import Runtime
 from ..costmodel.shards import local_sizes
@@ -20,6 +21,7 @@ from ..ir.optable import TABLE
 from ..ir.plan import data_parallel_types
 from ..ir.types import AxisType
 from ..ir.workload import Workload
+from .allow import Allow
 from .fix import Fix
 
 
@@ -27,7 +29,7 @@ from .fix import Fix
 class Request:
     """A planning problem. `cluster` is priced; `hardware`, where the job is priced at the pace of
     its slowest devices, is the cluster as it is. `optimizer_on_host`: the optimizer's state takes
-    no memory of a device."""
+    no memory of a device. `allow`: what of the model itself may be changed."""
 
     model: Model
     cluster: Cluster
@@ -36,15 +38,23 @@ class Request:
     runtime: Runtime = field(default_factory=lambda: Runtime.preset("torch"))
     hardware: Cluster | None = None
     optimizer_on_host: bool = False
+    allow: Allow = field(default_factory=Allow)
 
     @staticmethod
     def on(
-        model: Model, cluster: Cluster, workload: Workload, fix: Fix, runtime: Runtime | None = None
+        model: Model,
+        cluster: Cluster,
+        workload: Workload,
+        fix: Fix,
+        runtime: Runtime | None = None,
+        allow: Allow | None = None,
     ) -> Request:
         """A problem on a cluster as it is: every device does the same work, at the pace of the
         slowest."""
         runs = runtime or Runtime.preset("torch")
-        return Request(model, cluster.at_slowest(), workload, fix, runs, cluster)
+        return Request(
+            model, cluster.at_slowest(), workload, fix, runs, cluster, allow=allow or Allow()
+        )
 
     @property
     def precision(self) -> Precision:
@@ -99,6 +109,11 @@ class Request:
         has no units for the precision, or a fixed degree does not fit the cluster or the model."""
         self._check_positions()
         self._check_units()
+        if self.fix.recompute == "offload" and not can_offload(self.cluster.device):
+            raise InvalidInput(
+                f"--fix: recompute=offload: device {self.cluster.device.name} has no "
+                "host_link_bytes_per_s or no host_memory_bytes; add both to the device file"
+            )
         if (self.fix.dp or 1) > 1 and (reason := self.whole_batch()):
             raise InvalidInput(f"--fix: dp={self.fix.dp}: {reason}")
         fix, world = self.fix, self.cluster.world_size

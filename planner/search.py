@@ -20,13 +20,15 @@ from itertools import count
 import numpy as np
 
 from ..costmodel.spending import Spending
+from ..ir.plan import MODEL_CHANGES
 from .bounds import Shares, distinct_of, step_floor_seconds, variant_floors
-from .candidates import Candidate, allowed, counts, heads, schedules
+from .candidates import Candidate
 from .inner import Inner
 from .linear_program import Solver
 from .relax import infeasible
 from .request import Request
 from .solving import Outcome, Solving
+from .space import allowed, counts, heads, schedules
 from .traffic import has_choice
 
 TIE = 1e-3
@@ -101,7 +103,8 @@ class Search:
     least_flops: float = field(init=False)
 
     def __post_init__(self, like: Search | None) -> None:
-        self.solving = Solving(self.request, self.solver, None if like is None else like.solving)
+        known = None if like is None else like.solving
+        self.solving = Solving(self.request, self.solver, known, self.anything)
         self.spending = Spending.on(self.objective, self.request.hardware or self.request.cluster)
         self.least_flops = self.request.least_flops_per_step
 
@@ -293,9 +296,10 @@ class Search:
         if refused and not any(self.solving.inners(head) is not None for head in wide):
             raise refused[max(refused)]
 
-    def _preference(self, outcome: Outcome) -> tuple[bool, int, int]:
+    def _preference(self, outcome: Outcome) -> tuple[int, bool, int, int]:
         fullest = max(stage.total for stage in outcome.memory)
-        return fullest > 0.9 * self.request.limit_bytes, outcome.candidate.zero, fullest
+        changes = sum(getattr(outcome.candidate, name) > 0 for name in MODEL_CHANGES)
+        return changes, fullest > 0.9 * self.request.limit_bytes, outcome.candidate.zero, fullest
 
     # --- bounds ----------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from ..costmodel.yaml_files import validated
 from ..ir import InvalidInput
 from ..ir.plan import Annotation, Plan
 from ..ir.workload import Workload
-from .candidates import Candidate
+from .candidates import Candidate, unemittable
 from .fix import Fix
 from .request import Request
 from .search import MOST_MAPPED_NODES
@@ -52,7 +52,8 @@ def candidate_of(plan: Plan) -> Candidate:
     s = plan.strategy
     return Candidate(
         s.pp, s.dp, s.tp, s.zero, s.micro_batch, plan.microbatches, s.schedule, s.vpp, s.cp, s.ep,
-        s.etp, s.zero_group, s.ulysses,
+        s.etp, s.zero_group, s.ulysses, s.gradient_group, s.parameter_group, s.parallel_block,
+        s.ladder_residual, s.local_update,
     )  # fmt: skip
 
 
@@ -101,7 +102,8 @@ class _Variations:
         work = self.work.model_copy(
             update={"global_batch": candidate.microbatches * candidate.micro_batch * candidate.dp}
         )
-        solving = Solving(Request.on(self.plan.model, cluster, work, Fix()))
+        anything = unemittable(self.plan.strategy) is not None
+        solving = Solving(Request.on(self.plan.model, cluster, work, Fix()), anything=anything)
         solving.insides.given(candidate, self.types)
         return solving
 

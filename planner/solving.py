@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from ..costmodel.cluster import Cluster
-from ..costmodel.memory import StageBytes
+from ..costmodel.memory import BUFFERED_BLOCKS, StageBytes
 from ..costmodel.overlap import overlap_cost_fraction
 from ..costmodel.steptime import accumulation_seconds
 from ..ir import InvalidInput
@@ -19,7 +19,7 @@ from .alike import Alike
 from .bounds import Shares, afterwards_seconds, distinct_of, floor_of
 from .candidates import Candidate, placement_of
 from .every_cut import MOST_SEGMENTS, best_cut
-from .footprint import gathered_bytes, held_state, in_flight
+from .footprint import gathered_bytes, held_state, host_room, in_flight
 from .inner import Inner
 from .insides import Insides
 from .linear_program import Solver
@@ -64,12 +64,13 @@ class Solving:
     """What it takes to solve the candidates of one request; keeps what they share.
 
     `like` is an earlier one for the same model and work on other numbers of the same nodes: what
-    it solved inside nodes is not solved again.
+    it solved inside nodes is not solved again. `anything`: also with what no backend emits yet.
     """
 
     request: Request
     solver: Solver = "highs"
     like: InitVar[Solving | None] = None
+    anything: bool = False
     insides: Insides = field(init=False)
     sites: Sites = field(init=False)
     alike: Alike = field(init=False)
@@ -80,7 +81,7 @@ class Solving:
     def __post_init__(self, like: Solving | None) -> None:
         model = self.request.model
         self.request.check()
-        self.insides = Insides(self.request, self.solver)
+        self.insides = Insides(self.request, self.solver, self.anything)
         hardware = self.request.hardware or self.request.cluster
         self.sites = Sites.of(hardware, self.request.cluster)
         if like is not None and _inside(like.request.cluster) == _inside(self.request.cluster):
@@ -196,9 +197,10 @@ class Solving:
         )
         carried = min(min(inner.carried_bytes.values()) for inner in inners)
         transfer = transfer_seconds(self.request, candidate, carried) if candidate.pp > 1 else 0.0
+        shares = Shares.of(self.request, inners)
         floor = pipeline_floor_seconds(
-            self._ranks(candidate), self.alike,
-            floor_of(candidate, Shares.of(self.request, inners), transfer), worth_s,
+            self._ranks(candidate, share=shares.forward), self.alike,
+            floor_of(candidate, shares, transfer), worth_s,
         )  # fmt: skip
         return min(floor + after, worth_s)
 
@@ -215,23 +217,29 @@ class Solving:
         candidate: Candidate,
         limits: Sequence[float] | None = None,
         workspace: bool = False,
+        share: float | None = None,
     ) -> list[Rank]:
-        """Pipeline ranks as stages are cut for."""
+        """Pipeline ranks as stages are cut for; with a `share` of a layer that its forward pass
+        takes at most, for a bound."""
         inners = self.inners(candidate)
         assert inners is not None
         tables = {
-            id(inner): self._table(candidate, inner, workspace) for inner in distinct_of(inners)
+            id(inner): self._table(candidate, inner, workspace, share)
+            for inner in distinct_of(inners)
         }
         room = limits or [float(inner.cluster.device.memory_limit_bytes) for inner in inners]
         return [
-            Rank(tables[id(inner)], in_flight(candidate, rank), limit)
+            Rank(tables[id(inner)], in_flight(candidate, rank), limit, host_room(inner))
             for rank, (inner, limit) in enumerate(zip(inners, room, strict=True))
         ]
 
-    def _table(self, candidate: Candidate, inner: Inner, workspace: bool) -> SegmentTable:
+    def _table(
+        self, candidate: Candidate, inner: Inner, workspace: bool, share: float | None = None
+    ) -> SegmentTable:
         """The segments as `cut_stages` wants them: compute slowed by the communication that it
         hides, and by adding up gradients."""
-        request, model, modes = self.request, self.request.model, self.insides.modes
+        request, model = self.request, self.request.model
+        modes = tuple(mode for mode in self.insides.modes if mode in inner.modes)
         blocks = list(dict.fromkeys(segment.block for segment in model.segments))
         layer = {s.block: self.layer[i] for i, s in enumerate(model.segments)}
         at = np.array([blocks.index(segment.block) for segment in model.segments])
@@ -251,9 +259,16 @@ class Solving:
             gathers.append(gathered_bytes(request, candidate, inner, [block]))
         slowed = overlap_cost_fraction() * np.array(waits) + np.array(added)
         costs = [[inner.costs[b, mode if layer[b] else "none"] for b in blocks] for mode in modes]
-        seconds = np.array([[cost.seconds for cost in row] for row in costs]) + slowed
+        plain = [inner.costs[b, "none"] for b in blocks]
+        seconds = slowed + np.array([
+            [cost.seconds if share is None else cost.least_seconds(none, share)
+             for cost, none in zip(row, plain, strict=True)]
+            for row in costs
+        ])  # fmt: skip
         kept = np.array([[float(cost.memory.kept) for cost in row] for row in costs])
         peaks = np.array([[float(cost.memory.workspace) for cost in row] for row in costs])
+        away = np.array([[cost.memory.offloaded for cost in row] for row in costs])
+        buffers = np.array(gathers, np.float64) + BUFFERED_BLOCKS * away
         shared = []
         for name, uses in self.uses.items():
             for first, last in pairwise(uses):
@@ -263,8 +278,8 @@ class Solving:
                 shared.append((first, last, float(size)))
         return SegmentTable(
             modes, seconds[:, at], kept[:, at],
-            (workspace * peaks + np.array(gathers, np.float64))[:, at],
-            np.array(state, np.float64)[at], tuple(shared), np.array(waits)[at],
+            (workspace * peaks + buffers)[:, at], np.array(state, np.float64)[at], tuple(shared),
+            np.array(waits)[at], away[:, at].astype(np.float64) if away.any() else None,
         )  # fmt: skip
 
     def placed(self, outcome: Outcome, search: bool) -> Outcome:

@@ -30,7 +30,8 @@ class SegmentTable:
 
     `seconds`, `kept` and `workspace` (bytes) are [modes, segments]; `fixed` (bytes of parameter
     state) is [segments], and `waits` (seconds) what a microbatch takes at least because of
-    communication that runs beside compute (ZeRO). `shared`: (first use, last use, bytes) of state
+    communication that runs beside compute (ZeRO). `host` (bytes, [modes, segments]) waits in host
+    memory; only the last mode may put some there. `shared`: (first use, last use, bytes) of state
     that both uses of a tied parameter would count twice in one stage. Segments of a kind have equal
     columns.
     """
@@ -42,16 +43,18 @@ class SegmentTable:
     fixed: Array
     shared: tuple[tuple[int, int, float], ...] = ()
     waits: Array | None = None
+    host: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Rank:
     """A pipeline rank: what segments take on it, the microbatches alive in it at once, and the
-    bytes that all of it may hold."""
+    bytes that all of it may hold, on the device and in host memory."""
 
     table: SegmentTable
     in_flight: float
     limit_bytes: float
+    host_bytes: float = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +123,10 @@ def least_seconds(ranks: Sequence[Rank], alike: Alike, floor: bool = False) -> l
     """Per rank, the least seconds of a microbatch for every sort of interval, in modes that fit the
     memory; inf where none do, and for the empty interval at the end. `floor`: as if nothing but
     state and kept activations took memory, which no program can go below."""
-    known: dict[tuple[int, float, float], Array] = {}
+    known: dict[tuple[int, float, float, float], Array] = {}
     found = []
     for rank in ranks:
-        key = (id(rank.table), rank.in_flight, rank.limit_bytes)
+        key = (id(rank.table), rank.in_flight, rank.limit_bytes, rank.host_bytes)
         if key not in known:
             known[key] = _times(rank, alike, floor)
         found.append(known[key])
@@ -293,9 +296,14 @@ def _times(rank: Rank, alike: Alike, floor: bool) -> Array:
     seconds = [alike.sums(row) for row in table.seconds]
     kept = [alive * alike.sums(row) for row in table.kept]
     rooms = [limit - state - (0.0 if floor else alike.peaks(row)) for row in table.workspace]
+    away = None if floor else _away(rank, alike)
+    last = len(seconds) - 1
     best = np.full(len(state), np.inf)
     for cheap in range(len(seconds)):
-        best = np.minimum(best, np.where(kept[cheap] <= rooms[cheap], seconds[cheap], np.inf))
+        alone = kept[cheap] <= rooms[cheap]
+        if away is not None and cheap == last:
+            alone &= away <= rank.host_bytes
+        best = np.minimum(best, np.where(alone, seconds[cheap], np.inf))
         for dear in range(cheap + 1, len(seconds)):
             room = np.minimum(rooms[cheap], rooms[dear])
             saved = kept[cheap] - kept[dear]
@@ -305,11 +313,24 @@ def _times(rank: Rank, alike: Alike, floor: bool) -> Array:
             saving = (table.kept[cheap] > table.kept[dear]).astype(np.float64)
             layers = np.maximum(alike.sums(saving), 1.0)
             share = part if floor else np.ceil(part * layers) / layers
+            if (
+                away is not None and dear == last
+            ):  # and where it is faster, all that host memory has
+                most = np.minimum(1.0, rank.host_bytes / np.maximum(away, 1.0))
+                most = np.floor(most * layers + 1e-9) / layers
+                possible &= share <= most
+                share = np.where(seconds[dear] < seconds[cheap], most, share)
             mixed = seconds[cheap] + share * (seconds[dear] - seconds[cheap])
             best = np.minimum(best, np.where(possible, mixed, np.inf))
     if table.waits is not None:
         best = np.maximum(best, alike.sums(table.waits))
     return np.append(best, np.inf)  # a stage has at least one segment
+
+
+def _away(rank: Rank, alike: Alike) -> Array | None:
+    """Bytes in host memory where a whole interval is in the last mode."""
+    table = rank.table
+    return None if table.host is None else rank.in_flight * alike.sums(table.host[-1])
 
 
 def _state(table: SegmentTable, alike: Alike) -> Array:
@@ -341,23 +362,50 @@ def modes_of(rank: Rank, segments: Sequence[int]) -> tuple[tuple[Recompute, ...]
             order = np.argsort(-saved, kind="stable")
             order = order[saved[order] > 0]
             left = np.append(kept, kept - np.cumsum(saved[order]))
-            enough = np.flatnonzero(left <= room * _SAME)
+            enough = np.flatnonzero(
+                (left <= room * _SAME) & _fits_host(rank, own, cheap, dear, order)
+            )
             if not len(enough):
                 continue
-            picks = np.full(len(own), cheap)
-            picks[order[: enough[0]]] = dear
-            seconds = float(table.seconds[picks, own].sum())
-            if best is None or seconds < best[0] - 1e-15:
-                best = (seconds, picks)
+            for count in (enough[0], enough[-1]) if table.host is not None else enough[:1]:
+                picks = np.full(len(own), cheap)
+                picks[order[:count]] = dear
+                seconds = float(table.seconds[picks, own].sum())
+                if best is None or seconds < best[0] - 1e-15:
+                    best = (seconds, picks)
     short = 0.0
     if best is None:
-        thrifty = int(np.argmin(every_kept.sum(axis=1)))
+        thrifty = _thriftiest(rank, own)
         picks = np.full(len(own), thrifty)
         best = (float(table.seconds[thrifty, own].sum()), picks)
         needed = state + alive * float(every_kept[thrifty].sum())
         short = needed + float(table.workspace[thrifty, own].max()) - rank.limit_bytes
+        if table.host is not None:
+            short = max(short, alive * float(table.host[thrifty, own].sum()) - rank.host_bytes)
     waits = 0.0 if table.waits is None else float(table.waits[own].sum())
     return tuple(table.modes[p] for p in best[1]), max(best[0], waits), short
+
+
+def _fits_host(
+    rank: Rank, own: Ints, cheap: int, dear: int, order: NDArray[np.intp]
+) -> NDArray[np.bool_]:
+    """Whether what the first so many of `order` in `dear`, the rest in `cheap`, put into host
+    memory fits there."""
+    host = rank.table.host
+    if host is None:
+        return np.ones(len(order) + 1, np.bool_)
+    more = np.append(0.0, np.cumsum(host[dear, own][order] - host[cheap, own][order]))
+    found: NDArray[np.bool_] = rank.in_flight * (host[cheap, own].sum() + more) <= rank.host_bytes
+    return found
+
+
+def _thriftiest(rank: Rank, own: NDArray[np.intp]) -> int:
+    """The mode that keeps least of some segments, offloading only as far as host memory goes."""
+    kept, host = rank.table.kept[:, own].sum(axis=1), rank.table.host
+    if host is not None and len(kept) > 1:
+        over = rank.in_flight * host[:, own].sum(axis=1) > rank.host_bytes
+        kept = np.where(over, np.inf, kept)
+    return int(np.argmin(kept))
 
 
 def _least_bytes(ranks: Sequence[Rank], alike: Alike, low: Ints, high: Ints) -> float:
@@ -365,7 +413,7 @@ def _least_bytes(ranks: Sequence[Rank], alike: Alike, low: Ints, high: Ints) -> 
     worst = np.zeros(1)
     for s, rank in enumerate(ranks):
         table = rank.table
-        thrifty = int(np.argmin(table.kept.sum(axis=1)))
+        thrifty = _thriftiest(rank, np.arange(alike.segments))
         need = _state(table, alike) + alike.peaks(table.workspace[thrifty])
         need = np.append(need + rank.in_flight * alike.sums(table.kept[thrifty]), np.inf)
         rows, columns = slice(low[s], high[s] + 1), slice(low[s + 1], high[s + 1] + 1)

@@ -178,6 +178,8 @@ def sync_seconds(
     request: Request, candidate: Candidate, cluster: Cluster, dense: float, experts: float
 ) -> SyncSeconds:
     """Data-parallel communication of so many parameters of dense layers and of experts."""
+    if candidate.local_update:
+        return _apart_seconds(request, candidate, cluster, dense)
     parts = [(candidate.data, candidate.shards, dense)]
     if experts:
         parts.append((candidate.expert_data, candidate.expert_shards, experts))
@@ -194,6 +196,35 @@ def sync_seconds(
         for group, shards, elements in parts
     ]
     return SyncSeconds(*(sum(getattr(one, f.name) for one in found) for f in fields(SyncSeconds)))
+
+
+def _apart_seconds(
+    request: Request, candidate: Candidate, cluster: Cluster, elements: float
+) -> SyncSeconds:
+    """The same of groups of replicas that train apart: those that share state out keep to
+    themselves, and each rank averages its part of the parameters with the other groups, in the
+    dtype of gradients. What an outer optimizer keeps is used once in many steps and lies in host
+    memory."""
+    together = candidate.zero_group or 1
+    stride, each = candidate.data.stride, request.runtime.gradient_bytes
+    inside = data_parallel_sync(
+        cluster, Group(together, stride), elements, request.precision, candidate.zero,
+        gradient_bytes=each,
+    )  # fmt: skip
+    others = Group(candidate.replicas // together, stride * together)
+    size = elements / together * request.precision.gradient_bytes
+    return replace(inside, outer_s=collective_seconds(cluster, "all_reduce", size, others))
+
+
+def _outer_seconds(
+    request: Request, candidate: Candidate, ranks: Sequence[Sequence[StageWork]], pipeline_s: float
+) -> float:
+    """What averaging parameters once in several steps adds to each."""
+    if not candidate.local_update:
+        return 0.0
+    once = max(sum(stage.sync.outer_s for stage in rank) for rank in ranks)
+    beside = request.runtime.overlap_gradients
+    return outer_exposed_seconds(once, pipeline_s, candidate.local_update, beside)
 
 
 def _ranks(candidate: Candidate, stages: Sequence[StageWork]) -> list[list[StageWork]]:
@@ -231,10 +262,10 @@ def _simulated(
     sharded = float(timeline.busy_s[slowest]) - busy  # per microbatch, inside the stages
     sent = float(timeline.exposed_transfer_s[slowest])
     last = max(optimizer)
-    outer = 0.0
+    outer = _outer_seconds(request, candidate, ranks, timeline.pipeline_s)
     if not each_step:
         once = max(sum(stage.sync.per_step_s for stage in rank) for rank in ranks)
-        outer = outer_exposed_seconds(
+        outer += outer_exposed_seconds(
             once, timeline.pipeline_s, runtime.outer_every, runtime.overlap_gradients
         )
     bubble = max(0.0, timeline.pipeline_s - busy - sharded - sent)
@@ -274,7 +305,7 @@ def _estimated(
     return {
         "pipeline_bubble": total - busy,
         "pipeline_p2p": 0.0,
-        "data_parallel": exposed,
+        "data_parallel": exposed + _outer_seconds(request, candidate, ranks, total),
         "optimizer": max(_optimizer_seconds(request, candidate, rank) for rank in ranks),
     }
 
@@ -342,7 +373,9 @@ def traffic_of(
     handed_on = [*_transfers(request, candidate, stages), 0.0]
     return [
         StageTraffic(
-            stage.sync.per_step_s + m * stage.sync.per_microbatch_s,
+            stage.sync.per_step_s
+            + m * stage.sync.per_microbatch_s
+            + stage.sync.outer_s / max(1, candidate.local_update),
             m * sum(work.seconds.get("tensor_parallel", 0.0)
                     for work in (stage.forward, stage.backward)),
             2 * seconds,

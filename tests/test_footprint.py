@@ -193,7 +193,8 @@ def test_moving_more_saves_and_costs_no_less(
 
 
 def test_a_tier_that_is_not_there_or_too_small() -> None:
-    bare = Device.preset("h100-sxm")
+    tiers = {"host_link_bytes_per_s": None, "host_memory_bytes": None}
+    bare = Device.preset("h100-sxm").model_copy(update=tiers)
     with pytest.raises(InvalidInput, match="h100-sxm: host_link_bytes_per_s is not given"):
         offload_parameters(bare, 1, 1, 2)
     with pytest.raises(InvalidInput, match="host_memory_bytes is 1000000000000, but 2000000000000"):

@@ -16,11 +16,12 @@ from shardwright.ir import AxisType, InvalidInput, Mesh
 from shardwright.ir.graph import Model, Pin
 from shardwright.planner import Fix, Request, Search
 from shardwright.planner.bounds import variant_floors
-from shardwright.planner.candidates import candidates, unemittable
+from shardwright.planner.candidates import unemittable
 from shardwright.planner.costs import ModelCosts
 from shardwright.planner.inner import evaluate
 from shardwright.planner.sbp_program import solve
 from shardwright.planner.solving import Outcome
+from shardwright.planner.space import candidates
 
 LAYER = "model.layers.0."
 

@@ -19,13 +19,13 @@ from shardwright.costmodel.cluster import Cluster, Degraded, Island, Pair, PairM
 from shardwright.ir import InvalidInput
 from shardwright.ir.from_dims import TransformerDims, transformer
 from shardwright.ir.region import Region
-from shardwright.planner.candidates import heads
 from shardwright.planner.fix import Fix
 from shardwright.planner.holdings import Holdings
 from shardwright.planner.migration import Migrating
 from shardwright.planner.rank_order import Seats
 from shardwright.planner.request import Request
 from shardwright.planner.search import Search
+from shardwright.planner.space import heads
 from shardwright.planner.waiting import Waiting
 
 DIMS = TransformerDims(layers=6, hidden=256, heads=8, kv_heads=4, ffn=512, vocab=1024, tied=True)

@@ -23,9 +23,10 @@ from shardwright.ir.graph import Model
 from shardwright.planner import Fix, Request, Search
 from shardwright.planner.alike import Alike
 from shardwright.planner.bounds import variant_floors
-from shardwright.planner.candidates import Candidate, heads, unemittable, variants
+from shardwright.planner.candidates import Candidate, unemittable
 from shardwright.planner.request import Layers
 from shardwright.planner.solving import Outcome
+from shardwright.planner.space import heads, variants
 from shardwright.planner.stages import Cut, Rank, SegmentTable
 from shardwright.planner.virtual_stages import cut_virtual, layers_before
 
@@ -69,15 +70,27 @@ def test_1f1b_takes_so_many_passes_however_it_is_cut(
     spec=st.sampled_from(["h100-sxm:2x4", "a100-40g:4x2", "v100:8x1"]),
     batch=st.sampled_from([8, 16, 32]),
     seq_len=st.sampled_from([2048, 8192]),
+    link=st.sampled_from([None, 20e9, 200e9, 1e13]),
+    room=st.sampled_from([0.1, 1.0]),
+    fix=st.sampled_from(["", "recompute=offload", "zero=3", "zero=2"]),
     seed=st.integers(0, 10**6),
 )
 def test_bounds_of_variants_are_below_what_they_bound(
-    experts: bool, spec: str, batch: int, seq_len: int, seed: int
-) -> None:
-    """All schedules, ZeRO stages and groups, context and expert degrees of the space."""
+    experts: bool, spec: str, batch: int, seq_len: int, link: float | None, room: float, fix: str,
+    seed: int,
+) -> None:  # fmt: skip
+    """All schedules, ZeRO stages and groups of each state, context and expert degrees, and
+    activations in host memory."""
     mixture = Experts(count=8, top_k=2, ffn=1408)
     model = transformer(replace(DENSE, experts=mixture) if experts else DENSE, name="m")
-    request = Request.on(model, sw.Cluster.parse(spec), sw.Workload(batch, seq_len), Fix())
+    cluster = sw.Cluster.parse(spec)
+    device = cluster.device
+    free = int(room * device.memory_limit_bytes)
+    cluster = cluster.with_device(device.model_copy(update={
+        "memory_bytes": device.reserve_bytes + free, "host_link_bytes_per_s": link,
+    }))  # fmt: skip
+    given = Fix.parse(fix if link is not None or "offload" not in fix else "")
+    request = Request.on(model, cluster, sw.Workload(batch, seq_len), given)
     search = Search(request, anything=True)
     every = heads(request)
     rng = np.random.default_rng(seed)
@@ -172,6 +185,8 @@ def test_by_default_a_plan_can_be_emitted_and_the_whole_space_is_no_slower(dense
         ("schedule=interleaved,vpp=2,pp=4", "vpp", 2),
         ("schedule=zb-h1,pp=2", "schedule", "zb-h1"),
         ("zero=1,zero_group=2,tp=1,pp=1", "zero_group", 2),
+        ("zero=2,gradient_group=2,tp=1,pp=1", "gradient_group", 2),
+        ("zero=3,zero_group=4,parameter_group=2,tp=1,pp=1", "parameter_group", 2),
         ("cp=2,attention=ulysses", "ulysses", 2),
     ],
 )
