@@ -177,6 +177,8 @@ def plan(
     changes = _planner.Allow.parse(allow)
     where = Cluster.parse(cluster) if isinstance(cluster, str) else cluster
     Spending.on(objective, where)
+    if objective == "time":  # others may use fewer nodes
+        _planner.check_degrees(fixed, where)
     traced = _priceable(model, example_inputs, loss)
     beyond = fixed.beyond_backends or changes.anything
     everything = backend == "any" or beyond or not _planner.emits(traced)

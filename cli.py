@@ -331,7 +331,9 @@ def emit(
         ranks = found.strategy.ranks
         typer.echo(f"{folder}: torchrun --nproc-per-node {min(ranks, _per_node(found))} "
                    f"--nnodes {max(1, ranks // _per_node(found))} {folder}/train.py")  # fmt: skip
-        if found.mapping is not None:
+        if found.mapping is not None and list(found.mapping.node_of) != sorted(
+            found.mapping.node_of
+        ):
             order = " ".join(map(str, found.mapping.node_of))
             typer.echo(f"node ranks 0, 1, … of torchrun are best started on nodes {order}")
 

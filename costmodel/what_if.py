@@ -13,8 +13,12 @@ from .pairs import Pair
 
 def with_level(cluster: Cluster, index: int, factor: float) -> Cluster:
     """Links of level `index` with `factor` times their bandwidth, wherever they are measured or
-    described. What a measured collective takes beyond its smallest size is the links'."""
-    name = cluster.levels[index].name
+    described: a matrix of nodes is the outermost level's. What a measured collective takes beyond
+    its smallest size is the links'."""
+    name, matrix = cluster.levels[index].name, cluster.matrix
+    if matrix is not None and index == len(cluster.levels) - 1:
+        unit = factor * matrix.unit_bytes_per_s
+        matrix = matrix.model_copy(update={"unit_bytes_per_s": unit})
     levels = [
         level.slowed(factor) if i == index else level for i, level in enumerate(cluster.levels)
     ]
@@ -34,7 +38,12 @@ def with_level(cluster: Cluster, index: int, factor: float) -> Cluster:
         for curve in cluster.curves
     ]
     return cluster.model_copy(
-        update={"levels": tuple(levels), "islands": tuple(islands), "curves": tuple(curves)}
+        update={
+            "levels": tuple(levels),
+            "islands": tuple(islands),
+            "curves": tuple(curves),
+            "matrix": matrix,
+        }
     )
 
 

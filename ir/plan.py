@@ -149,7 +149,11 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
-    """What the cost model expects. Memory in bytes, per stage; time in seconds."""
+    """What the cost model expects. Memory in bytes, per stage; time in seconds.
+
+    `memory_limit_bytes` is what the smallest device has; `memory_limits_bytes` what each stage's
+    have, where they differ.
+    """
 
     step_seconds: float
     tokens_per_second: float
@@ -158,6 +162,12 @@ class Predicted:
     memory_limit_bytes: int
     time: Mapping[str, float] = field(default_factory=dict)
     memory: tuple[Mapping[str, int], ...] = ()
+    memory_limits_bytes: tuple[int, ...] = ()
+
+    @property
+    def limits_bytes(self) -> tuple[int, ...]:
+        """What a plan may use on every stage."""
+        return self.memory_limits_bytes or (self.memory_limit_bytes,) * len(self.memory_bytes)
 
 
 @dataclass(frozen=True, slots=True)

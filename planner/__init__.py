@@ -52,7 +52,7 @@ from .leave_out import advice_on
 from .predict import Prediction, predict
 from .replan import Replanned, replan
 from .report import summary, to_json
-from .request import Request
+from .request import Request, check_degrees
 from .search import Search
 from .stage_problem import StagePlan, StageProblem
 from .stage_program import best_stages
@@ -71,6 +71,7 @@ __all__ = [
     "advice_on",
     "best_stages",
     "build_plan",
+    "check_degrees",
     "check_described",
     "emits",
     "least_spending",

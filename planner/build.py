@@ -30,11 +30,10 @@ from .candidates import emits, unemittable
 from .inner import MODES, replicated, with_data_axis
 from .leave_out import advice_on
 from .model_changes import described
+from .report import GIB
 from .request import Request, repeated
 from .search import Found, Search
 from .solving import Outcome
-
-GIB = 2**30
 
 
 def build_plan(search: Search, found: Found, asked_for: Cluster | None = None) -> Plan:
@@ -56,7 +55,7 @@ def build_plan(search: Search, found: Found, asked_for: Cluster | None = None) -
         cluster=describe(request),
         predicted=predicted(request, best),
         certificate=_certificate(found),
-        alternatives=tuple(_alternative(request, best, other) for other in found.outcomes[1:]),
+        alternatives=tuple(_alternative(request, found, other) for other in found.outcomes[1:]),
         mapping=best.mapping,
         advice=tuple(_advice(search, found, asked_for)),
     )
@@ -159,6 +158,7 @@ def predicted(request: Request, outcome: Outcome) -> Predicted:
     """The cost model's figures for an outcome."""
     workload = request.workload
     tokens = workload.global_batch * workload.seq_len
+    limits = tuple(int(inner.cluster.device.memory_limit_bytes) for inner in outcome.inners)
     mfu = request.flops_per_step() / (outcome.seconds * request.peak_flops_per_s)
     return Predicted(
         outcome.seconds,
@@ -168,6 +168,7 @@ def predicted(request: Request, outcome: Outcome) -> Predicted:
         request.limit_bytes,
         dict(outcome.time),
         tuple(stage.to_json() for stage in outcome.memory),
+        limits if len(set(limits)) > 1 else (),
     )
 
 
@@ -195,12 +196,23 @@ def check_described(plan: Plan) -> None:
             raise InvalidInput(f"predicted.{name} is {number}: a number above 0")
 
 
-def _alternative(request: Request, best: Outcome, other: Outcome) -> Alternative:
-    slower = other.seconds / best.seconds - 1
+_AS_GOOD = 0.0005
+"""Of what a step spends: less is no difference."""
+
+
+def _alternative(request: Request, found: Found, other: Outcome) -> Alternative:
+    best = found.outcomes[0]
+    more = found.spent(other) / found.spent(best) - 1
     parts = Counter({key: other.time.get(key, 0.0) - best.time.get(key, 0.0)
                      for key in {*best.time, *other.time}})  # fmt: skip
     worst, lost = parts.most_common(1)[0]
-    reason = f"{slower:.1%} slower, most of it in {worst.replace('_', ' ')} (+{lost:.3g} s)"
+    name = {"time": "slower", "cost": "dearer", "energy": "more energy"}[found.spending.objective]
+    if abs(more) < _AS_GOOD or more < 0:
+        reason = "as good, but communicates more or has less memory to spare"
+    else:
+        reason = f"{more:.1%} {name}"
+    if lost > _AS_GOOD * best.seconds:
+        reason += f", most of it in {worst.replace('_', ' ')} (+{lost:.3g} s)"
     fullest = max(stage.total for stage in other.memory)
     if fullest < max(stage.total for stage in best.memory) * 0.9:
         reason += f"; needs only {fullest / GIB:.0f} GiB"

@@ -19,6 +19,8 @@ from .sensitivity import MORE, Change, sensitivity
 
 _FELT = 0.003
 """Of a step: 10 % more of something that saves less does not bind."""
+_DUST = 1e-9
+"""Of a step: what rounding makes of equal seconds."""
 _FULL = 0.9
 """Of the memory of a stage: fuller ones are named."""
 
@@ -58,7 +60,10 @@ class Explanation:
 
     def _used(self) -> list[float]:
         predicted = self.plan.predicted
-        return [held / predicted.memory_limit_bytes for held in predicted.memory_bytes]
+        return [
+            held / limit
+            for held, limit in zip(predicted.memory_bytes, predicted.limits_bytes, strict=True)
+        ]
 
     def __str__(self) -> str:
         plan = self.plan
@@ -157,7 +162,8 @@ def _losses(plan: Plan, other: Alternative) -> dict[str, float]:
         return {}
     lost = Counter(other.time)
     lost.subtract(plan.predicted.time)
-    return {part: seconds for part, seconds in lost.most_common() if seconds}
+    felt = _DUST * plan.predicted.step_seconds
+    return {part: seconds for part, seconds in lost.most_common() if abs(seconds) > felt}
 
 
 def _conversions(plan: Plan) -> Table:

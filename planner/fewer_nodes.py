@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import combinations
 
 from ..costmodel.cluster import Cluster
+from ..costmodel.spending import Spending
 from ..ir import Infeasible, InvalidInput
 from ..ir.graph import Model
 from ..ir.workload import Workload
@@ -19,6 +20,7 @@ from .allow import Allow
 from .candidates import divisors
 from .fix import Fix
 from .leave_out import slow_nodes
+from .relax import infeasible
 from .request import Request
 from .search import Found, Search
 
@@ -45,42 +47,64 @@ def least_spending(
     Raises Infeasible, saying what would fit, where the job fits on none of them, and InvalidInput
     as `Search` does on all nodes.
     """
-    whole = Search(Request.on(model, cluster, workload, fix, allow=allow), anything=anything,
-                   objective=objective)  # fmt: skip
+
+    def request_on(where: Cluster) -> Request:
+        return Request.on(model, where, workload, fix, allow=allow)
+
+    whole = Search(request_on(cluster), anything=anything, objective=objective)
+    every = sorted(choices(cluster), key=len, reverse=True)
     best: tuple[Search, Found] | None = None
     looked_at: list[Found] = []
     refused: InvalidInput | Infeasible | None = None
-    for left_out in sorted(choices(cluster), key=len, reverse=True):
-        search = whole
+    interrupted = False
+    bounds: list[float] = []
+    for number, left_out in enumerate(every):
+        limit = float("inf") if best is None else best[1].spent(best[1].outcomes[0])
         try:
+            search = whole
             if left_out:
-                request = Request.on(model, cluster.without(left_out), workload, fix, allow=allow)
+                request = request_on(cluster.without(left_out))
                 search = Search(request, anything=anything, objective=objective, like=whole)
-            limit = float("inf") if best is None else best[1].spent(best[1].outcomes[0])
             found = search.attempt(top, progress, limit)
         except (InvalidInput, Infeasible) as error:  # the batch or the pins want another number
             refused = error
             continue
-        looked_at.append(found)
-        if found.outcomes and found.spent(found.outcomes[0]) < limit:
-            best = search, found
-        if found.interrupted:
+        except KeyboardInterrupt:
+            interrupted = True
+        else:
+            looked_at.append(found)
+            bounds.append(found.bound)
+            interrupted = found.interrupted
+            if found.outcomes and found.spent(found.outcomes[0]) < limit:
+                best = search, found
+        if interrupted:  # what was not looked at spends its FLOPs at least
+            bounds += [
+                flops_floor(request_on(cluster.without(rest)), objective) for rest in every[number:]
+            ]
             break
     if best is None:
+        if interrupted:
+            raise KeyboardInterrupt
         if refused is not None and not looked_at:
             raise refused
-        whole.run(top, progress)  # says what is short on all nodes
-        raise AssertionError("what fits on all nodes was found on them")
+        raise infeasible(whole.solving, anything, whole.attempt(1).short)
     search, found = best
     return search, replace(
         found,
-        bound=min(each.bound for each in looked_at),
+        bound=min(bounds),
         solved=sum(each.solved for each in looked_at),
         pruned=sum(each.pruned for each in looked_at),
         infeasible=sum(each.infeasible for each in looked_at),
         seconds=sum(each.seconds for each in looked_at),
-        interrupted=any(each.interrupted for each in looked_at),
+        interrupted=interrupted,
     )
+
+
+def flops_floor(request: Request, objective: str) -> float:
+    """What a step spends at least: all its FLOPs at the peak of all devices."""
+    hardware = request.hardware or request.cluster
+    step = request.least_flops_per_step / request.peak_flops_per_s
+    return Spending.on(objective, hardware).of(step, 0.0)
 
 
 def choices(cluster: Cluster) -> Iterator[frozenset[int]]:
@@ -95,7 +119,7 @@ def choices(cluster: Cluster) -> Iterator[frozenset[int]]:
         for used in combinations(distinct, size):
             pool = [node for node, kind in enumerate(kinds) if kind in used]
             spare = list(dict.fromkeys([*(n for n in slow if n in pool), *reversed(pool)]))
-            for number in reversed(_numbers(len(pool))):
+            for number in reversed(numbers(len(pool))):
                 kept = set(spare[len(pool) - number :])
                 left_out = frozenset(range(cluster.nodes)) - kept
                 if left_out not in seen:
@@ -103,5 +127,6 @@ def choices(cluster: Cluster) -> Iterator[frozenset[int]]:
                     yield left_out
 
 
-def _numbers(nodes: int) -> Sequence[int]:
+def numbers(nodes: int) -> Sequence[int]:
+    """The numbers of nodes that are looked at, of so many."""
     return range(1, nodes + 1) if nodes <= _EVERY_NUMBER else divisors(nodes)

@@ -84,6 +84,7 @@ class Fix:
         return (
             any((degree or 1) > 1 for degree in degrees)
             or self.schedule not in (None, "1f1b", "gpipe")
+            or self.attention not in (None, "heads")
             or any(each is not None for each in self.zero_groups)
             or self.recompute == "offload"
         )
@@ -145,6 +146,8 @@ def _check_pairs(found: Mapping[str, Any]) -> None:
             f"--fix: vpp={vpp} with schedule={schedule}, which has {expected} virtual stages on a "
             "rank"
         )
+    if found.get("pp") == 1 and schedule in ("interleaved", "zb-h1", "zb-v"):
+        raise InvalidInput(f"--fix: schedule={schedule} with pp=1, expected two ranks or more")
     attention, cp = found.get("attention"), found.get("cp")
     if cp and attention and (attention == "heads") != (cp == 1):
         expected = "heads" if cp == 1 else "another than heads"

@@ -18,6 +18,7 @@ from ..ir.graph import bind
 from ..ir.mesh import Mesh
 from ..ir.plan import Plan
 from ..ir.region import Region, held_region
+from ..ir.schedule_rows import schedule_placement
 from ..ir.types import NdType
 
 
@@ -38,10 +39,10 @@ class Holdings:
         """Bytes kept per element of a parameter."""
         return Precision.preset(str(self.plan.workload["precision"])).state_bytes
 
-    @cached_property
-    def segments(self) -> list[range]:
-        """The segments of every stage."""
-        return [range(stage.first, stage.last) for stage in self.plan.stages]
+    @property
+    def pipe(self) -> int:
+        """Pipeline ranks."""
+        return self.plan.strategy.pp
 
     @cached_property
     def where(self) -> dict[str, tuple[str, int]]:
@@ -54,8 +55,15 @@ class Holdings:
 
     @cached_property
     def stages(self) -> dict[str, tuple[int, ...]]:
-        """Parameter → the stages that keep it."""
-        return {name: tuple(s) for name, s in self.plan.parameter_stages().items()}
+        """Parameter → the pipeline ranks that keep it, of whose (virtual) stages one uses it."""
+        strategy = self.plan.strategy
+        placement = schedule_placement(
+            strategy.schedule, strategy.pp, self.plan.microbatches, strategy.vpp
+        )
+        return {
+            name: tuple(sorted({placement[stage] for stage in stages}))
+            for name, stages in self.plan.parameter_stages().items()
+        }
 
     @cached_property
     def regions(self) -> dict[str, tuple[tuple[Region, ...], ...]]:
@@ -85,7 +93,7 @@ class Holdings:
     @cached_property
     def rank_bytes(self) -> NDArray[np.float64]:
         """(ranks,): all that each keeps. A parameter used twice on one rank counts once."""
-        total = np.zeros((len(self.segments), self.corners))
+        total = np.zeros((self.pipe, self.corners))
         for name, (block, index) in self.where.items():
             sizes = [region.elements for region in self.regions[block][index]]
             for stage in self.stages[name]:

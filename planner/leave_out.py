@@ -1,11 +1,14 @@
-"""Whether a job is faster without its slow nodes.
+"""Whether a job is faster without some of its nodes.
 
 A step waits for the slowest device and the slowest link, so a node at half speed can cost more than
 it brings. Nodes are slow that the cluster file calls degraded, or whose links are typically slower
-than those of the others; the slowest alone and all of them together are left out in turn.
+than those of the others; the slowest alone and all of them together are left out in turn, and so
+are islands, and what is more than a power of two.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -39,28 +42,51 @@ def slow_nodes(cluster: Cluster) -> tuple[int, ...]:
 
 
 def advice_on(request: Request, best: Outcome, anything: bool = False) -> tuple[str, ...]:
-    """One line for every way of leaving slow nodes out that is faster than the plan on all;
-    `anything` as `Search` takes it."""
+    """One line for every way of leaving nodes out that is faster than the plan on all; `anything`
+    as `Search` takes it. Interrupted, it says what it has found."""
     cluster = request.hardware or request.cluster
-    slow = slow_nodes(cluster)
     lines = []
-    for count in dict.fromkeys(n for n in (1, len(slow)) if 0 < n <= len(slow) < cluster.nodes):
-        fewer = cluster.without(slow[:count])
-        other = Request.on(
-            request.model, fewer, request.workload, request.fix, request.runtime, request.allow
-        )
+    for left_out in _worth_trying(cluster):
         try:
-            found = Search(other, anything=anything).attempt(top=1, limit=best.seconds)
+            fewer = cluster.without(left_out)
+            other = Request.on(
+                request.model, fewer, request.workload, request.fix, request.runtime, request.allow
+            )
+            limit = (1 - _WORTH) * best.seconds
+            found = Search(other, anything=anything).attempt(top=1, limit=limit)
         except (InvalidInput, Infeasible):  # the batch or the pins want all nodes
             continue
-        if not found.outcomes:  # the memory does, or nothing is faster
-            continue
-        outcome = found.outcomes[0]
-        gain = 1 - outcome.seconds / best.seconds
-        if gain > _WORTH:
-            nodes = ", ".join(map(str, sorted(slow[:count])))
+        except KeyboardInterrupt:
+            break
+        if found.interrupted:
+            break
+        for outcome in found.outcomes:  # none where the memory wants all nodes, or none is faster
+            gain = 1 - outcome.seconds / best.seconds
             lines.append(
-                f"without node{'s' if count > 1 else ''} {nodes} a step takes "
+                f"without node{'s' if len(left_out) > 1 else ''} {_listed(left_out)} a step takes "
                 f"{outcome.seconds:.4g} s, {gain:.1%} less: {outcome.candidate.key}"
             )
     return tuple(lines)
+
+
+def _worth_trying(cluster: Cluster) -> list[tuple[int, ...]]:
+    """Nodes that a job may be faster without: the slowest, all slow ones, those of an island whose
+    devices or network are its own, and so many that a power of two is left, which more batches and
+    models divide by."""
+    slow = slow_nodes(cluster)
+    found = [slow[:1], slow]
+    first = 0
+    for island in cluster.islands:
+        found.append(tuple(range(first, first + island.nodes)))
+        first += island.nodes
+    two = 1 << (cluster.nodes.bit_length() - 1)
+    found.append(tuple(range(two, cluster.nodes)))
+    distinct = dict.fromkeys(tuple(sorted(nodes)) for nodes in found)
+    return [nodes for nodes in distinct if 0 < len(nodes) < cluster.nodes]
+
+
+def _listed(nodes: Sequence[int]) -> str:
+    """`0, 2` or `4 to 7`."""
+    if len(nodes) > 2 and nodes[-1] - nodes[0] == len(nodes) - 1:
+        return f"{nodes[0]} to {nodes[-1]}"
+    return ", ".join(map(str, nodes))

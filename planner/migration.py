@@ -106,7 +106,7 @@ class Migrating:
     def shared(self) -> Bytes:
         """(new ranks, old ranks): bytes that both keep."""
         old, new = self.old, self.new
-        total = np.zeros((len(new.segments), new.corners, len(old.segments), old.corners))
+        total = np.zeros((new.pipe, new.corners, old.pipe, old.corners))
         groups: dict[tuple[str, int, tuple[int, ...], tuple[int, ...]], int] = defaultdict(int)
         for name, (block, index) in old.where.items():
             groups[block, index, new.stages[name], old.stages[name]] += 1
@@ -118,7 +118,7 @@ class Migrating:
             for stage in to:
                 for other in since:
                     total[stage, :, other, :] += count * parts[block, index]
-        return total.reshape(len(new.segments) * new.corners, len(old.segments) * old.corners)
+        return total.reshape(new.pipe * new.corners, old.pipe * old.corners)
 
     @cached_property
     def kept(self) -> Bytes:

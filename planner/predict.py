@@ -71,6 +71,7 @@ class Prediction:
     time: Mapping[str, float]
     memory: tuple[StageBytes, ...]
     memory_limit_bytes: int
+    memory_limits_bytes: tuple[int, ...]
     model: Model
     annotations: Mapping[str, Annotation]
     bounds: tuple[int, ...]
@@ -88,7 +89,8 @@ class Prediction:
     def fits(self) -> bool:
         """Whether every stage fits the memory that a plan may use, on the device and beside it."""
         most = max(stage.host for stage in self.memory)
-        return max(self.memory_bytes) <= self.memory_limit_bytes and most <= self.host_limit_bytes
+        inside = zip(self.memory_bytes, self.memory_limits_bytes, strict=True)
+        return all(held <= limit for held, limit in inside) and most <= self.host_limit_bytes
 
     def to_json(self) -> dict[str, Any]:
         """What `shardwright predict --json` prints."""
@@ -184,6 +186,7 @@ def predict(request: Request) -> Prediction:
         price.time,
         price.memory,
         request.limit_bytes,
+        tuple(int(inner.cluster.device.memory_limit_bytes) for inner in inners),
         request.model,
         inners[0].annotations,
         tuple(bounds),

@@ -16,12 +16,12 @@ from .bounds import variant_floors
 from .candidates import Candidate
 from .fix import Fix
 from .footprint import Parameters, held_state
+from .report import GIB
 from .request import Request
 from .solving import Outcome, Solving
 from .space import allowed, counts, heads, most_devices
 from .stages import Shortfall
 
-GIB = 2**30
 _MOST_NODES = 4096
 """Nodes of the largest cluster that is looked at for one that fits."""
 _LENGTHS = 16
@@ -82,14 +82,16 @@ class _Shortage:
     ) -> None:
         self.solving, self.anything = solving, anything
         self.request = solving.request
+        self.hardware = self.request.hardware or self.request.cluster
         self.needed_bytes, self.thriftiest = needed_bytes, thriftiest
 
     def text(self) -> str:
         request, needed = self.request, self.needed_bytes
         limit = request.limit_bytes
+        smallest = min(self.hardware.device_kinds, key=lambda kind: kind.memory_limit_bytes)
         return (
             f"no plan fits: the thriftiest configuration ({self.thriftiest.key}) needs "
-            f"{needed / GIB:.1f} GiB per device, {request.cluster.device.name} has "
+            f"{needed / GIB:.1f} GiB per device, {smallest.name} has "
             f"{limit / GIB:.1f} GiB usable: {(needed - limit) / GIB:.1f} GiB short; "
             + "; ".join(part for part in (self._nodes(), *self._others()) if part)
         )
@@ -99,8 +101,12 @@ class _Shortage:
         length = self._length()
         if length is not None:
             yield f"sequences of {length:,} tokens would fit these nodes"
-        if self._fits_where(lambda request: replace(request, optimizer_on_host=True)):
-            size = self._optimizer_bytes()
+        size = self._optimizer_bytes()
+        room = [kind.host_memory_bytes for kind in self.hardware.device_kinds]
+        too_small = any(known is not None and known < size for known in room)
+        if not too_small and self._fits_where(
+            lambda request: replace(request, optimizer_on_host=True)
+        ):
             yield (
                 f"with the optimizer's state in host memory ({size / GIB:.1f} GiB per device) it "
                 "would fit these nodes"
@@ -135,11 +141,16 @@ class _Shortage:
         """
         request, cluster = replace(self.request, fix=fix), self.request.cluster
         state = state_bytes(request.model.elements, request.precision, 3, shards=1).total
-        start = max(start, -(-state // (request.limit_bytes * cluster.devices_per_node)))
+        largest = max(kind.memory_limit_bytes for kind in self.hardware.device_kinds)
+        start = max(start, -(-state // (largest * cluster.devices_per_node)))
         last = min(_MOST_NODES, most_devices(request) // cluster.devices_per_node)
 
         def with_nodes(nodes: int) -> Callable[[Request], Request]:
-            return lambda _: replace(request, cluster=cluster.resized(nodes), hardware=None)
+            def larger(_: Request) -> Request:
+                grown = self.hardware.resized(nodes)
+                return replace(request, cluster=grown.at_slowest(), hardware=grown)
+
+            return larger
 
         fitting = (n for n in range(start, last + 1) if self._fits_where(with_nodes(n)))
         return next(fitting, None)

@@ -1,9 +1,10 @@
 """Replanning: the best plan on the nodes that are left (or joined), the way there included.
 
-Every number of nodes that the batch allows is searched, from all that are left downwards, each for
-what may still be faster than the best found; of the best few of each the moves are worked out.
-Wanted is the least time for the next `steps` steps, migration first. The global batch stays, and
-with it the scale of the gradient.
+Numbers of nodes are searched from all that are left downwards (every one up to sixteen; of more the
+upper quarter and divisors), each for what may still be better than the best found; of the best few
+of each the moves are worked out. Wanted is what spends least in the next `steps` steps, migration
+first: time, or what the plan's own objective was. The global batch stays, and with it the scale of
+the gradient.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 from ..costmodel.cluster import Cluster
@@ -19,6 +21,8 @@ from ..ir import Infeasible, InvalidInput, ShardwrightError
 from ..ir.plan import NodeMapping, Plan
 from ..ir.workload import Workload
 from .build import build_plan
+from .candidates import emits, unemittable
+from .fewer_nodes import flops_floor, numbers
 from .fix import Fix
 from .holdings import Holdings
 from .leave_out import slow_nodes
@@ -30,8 +34,8 @@ from .search import Found, Search
 from .traffic import has_choice
 from .waiting import Waiting
 
-LEAST_SHARE = 0.75
-"""Of the nodes left: plans on fewer are not looked at where there is one on more."""
+_MANY_SHARE = 0.75
+"""Of many nodes left: every number above is looked at."""
 FINALISTS = 3
 """Configurations of each number of nodes whose moves are worked out."""
 
@@ -106,32 +110,42 @@ def replan(
     if repair_seconds is not None and not (lost and 0 <= repair_seconds < float("inf")):
         raise InvalidInput(
             f"repair_seconds={repair_seconds:g}: expected seconds >= 0 until lost nodes are back, "
-            + ("not more than a number can say" if lost else "but no node is lost")
+            + ("a finite number" if lost else "but no node is lost")
         )
     gone = sorted(set(lost))
-    left = cluster.without(gone)
-    joined = left.resized(left.nodes + gained)
+    for node in gone:
+        if not 0 <= node < cluster.nodes:
+            raise InvalidInput(f"lost node {node}: expected 0 to {cluster.nodes - 1}")
+    if len(gone) == cluster.nodes + gained:
+        raise InvalidInput(f"all {cluster.nodes} nodes are lost, expected one left, or gained")
+    joined = cluster.resized(cluster.nodes + gained).without(gone)
     every = [node for node in range(cluster.nodes + gained) if node not in gone]
     # those to do without first: slow ones, then the last
     spare = dict.fromkeys([*slow_nodes(joined), *reversed(range(joined.nodes))])
     before, fix = Holdings(plan), fix or Fix()
+    objective = plan.certificate.objective
+    beyond = fix.beyond_backends or unemittable(plan.strategy) is not None
+    anything = beyond or not emits(plan.model)
     best: tuple[float, Plan, Migrating] | None = None
     refused: ShardwrightError | None = None
     search: Search | None = None
-    for nodes in range(joined.nodes, 0, -1):
-        if best is not None and nodes < LEAST_SHARE * joined.nodes:
-            break
+    for nodes in _numbers(joined.nodes):
         unused = set(list(spare)[: joined.nodes - nodes])
         where = joined.without(unused)
         request = Request.on(plan.model, where, Workload(**plan.workload), fix)
+        if best is not None and flops_floor(request, objective) > best[0] / steps:
+            break  # fewer nodes take longer still
         try:
-            search = Search(request, like=search)
+            search = Search(request, anything=anything, objective=objective, like=search)
             limit = float("inf") if best is None else best[0] / steps
             found = search.attempt(FINALISTS, limit=limit)
         except (InvalidInput, Infeasible) as error:  # no configuration divides the batch, or pins
             refused = refused or error
             continue
-        if not found.outcomes and best is None:
+        if found.interrupted:
+            if best is None and not found.outcomes:
+                raise KeyboardInterrupt
+        elif not found.outcomes and best is None:
             refused = refused or infeasible(search.solving, search.anything, found.short)
             break  # fewer nodes have less memory
         used = tuple(every[i] for i in range(joined.nodes) if i not in unused)
@@ -142,9 +156,12 @@ def replan(
                 before, Holdings(one), cluster, tuple(every) if alike else used,
                 None if alike else _places(one, used),
             )  # fmt: skip
-            seconds = moving.estimated_seconds() + steps * one.predicted.step_seconds
-            if best is None or seconds < best[0]:
-                best = seconds, one, moving
+            moved_s, spent = moving.estimated_seconds(), one.certificate.spent
+            total = found.spending.of(moved_s, 0.0) + steps * spent
+            if best is None or total < best[0]:
+                best = total, one, moving
+        if found.interrupted:
+            break
     if best is None:
         raise refused or InvalidInput("no nodes are left")
     _, chosen, moving = best
@@ -153,6 +170,12 @@ def replan(
     before_s, after_s = plan.predicted.step_seconds, new.predicted.step_seconds
     wait = Waiting(before_s, after_s, moved.seconds, steps, repair_seconds) if gone else None
     return Replanned(new, moved, before_s, tuple(gone), wait)
+
+
+def _numbers(nodes: int) -> list[int]:
+    """The numbers of nodes that are looked at, the largest first."""
+    upper = range(ceil(_MANY_SHARE * nodes), nodes + 1)
+    return sorted({*numbers(nodes), *upper}, reverse=True)
 
 
 def _places(plan: Plan, used: Sequence[int]) -> tuple[int, ...]:

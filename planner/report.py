@@ -117,7 +117,7 @@ def _stages(plan: Plan) -> Table:
         if i < plan.strategy.pp:  # what a rank holds is told with its first stage
             kinds = plan.predicted.memory[i] if i < len(plan.predicted.memory) else {}
             cells = [f"{kinds.get(kind, 0) / unit:.1f}" for kind in _KINDS]
-            limit = plan.predicted.memory_limit_bytes / unit
+            limit = plan.predicted.limits_bytes[i] / unit
             cells.append(f"{plan.predicted.memory_bytes[i] / unit:.1f} of {limit:.1f}")
         else:
             cells = [""] * (len(_KINDS) + 1)
@@ -189,7 +189,8 @@ def prediction_text(found: Prediction) -> str:
         f"MFU {found.mfu:.1%}   HFU {found.hfu:.1%}",
     ]
     if not found.fits:
-        over = (max(found.memory_bytes) - found.memory_limit_bytes) / GIB
+        beyond = zip(found.memory_bytes, found.memory_limits_bytes, strict=True)
+        over = max(held - limit for held, limit in beyond) / GIB
         head.append(f"  DOES NOT FIT: the fullest stage is {over:.1f} GiB over the limit")
     times = table("Time of a step", "part", "seconds", "share")
     for part, spent in found.time.items():
@@ -200,7 +201,7 @@ def prediction_text(found: Prediction) -> str:
     for rank, stage in enumerate(found.memory):
         cells = [f"{value / GIB:.2f}" for value in stage.to_json().values()]
         layers = str(strategy.layers[rank]) if rank < len(strategy.layers) else ""
-        limit = found.memory_limit_bytes / GIB
+        limit = found.memory_limits_bytes[rank] / GIB
         stages.add_row(str(rank), layers, *cells, f"{stage.total / GIB:.2f} of {limit:.2f}")
     return render("\n".join(head), "", times, "", stages)
 
@@ -218,6 +219,7 @@ def to_json(plan: Plan) -> dict[str, object]:
             "mfu": predicted.mfu,
             "memory_bytes": list(predicted.memory_bytes),
             "memory_limit_bytes": predicted.memory_limit_bytes,
+            "memory_limits_bytes": list(predicted.limits_bytes),
             "time": dict(predicted.time),
         },
         "certificate": {

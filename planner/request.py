@@ -116,14 +116,8 @@ class Request:
             )
         if (self.fix.dp or 1) > 1 and (reason := self.whole_batch()):
             raise InvalidInput(f"--fix: dp={self.fix.dp}: {reason}")
-        fix, world = self.fix, self.cluster.world_size
-        degrees = [fix.pp, fix.dp, fix.cp or 1, fix.tp]
-        product = prod(degree or 1 for degree in degrees)
-        if world % product or (None not in degrees and product != world):
-            raise InvalidInput(
-                f"--fix: pp*dp*cp*tp = {product} does not make up the cluster's {world} devices "
-                f"({fix})"
-            )
+        fix = self.fix
+        check_degrees(fix, self.cluster)
         if fix.stages is not None:
             pins = repeated(self.model)
             if sum(fix.stages) != pins.count:
@@ -166,6 +160,17 @@ class Request:
                         f"seq_len {self.workload.seq_len}: {names[op.operands[0]]} has learned "
                         f"positions for {rows} tokens only"
                     )
+
+
+def check_degrees(fix: Fix, cluster: Cluster) -> None:
+    """Raises InvalidInput where fixed degrees cannot make up a cluster."""
+    world = cluster.world_size
+    degrees = [fix.pp, fix.dp, fix.cp or 1, fix.tp]
+    product = prod(degree or 1 for degree in degrees)
+    if world % product or (None not in degrees and product != world):
+        raise InvalidInput(
+            f"--fix: pp*dp*cp*tp = {product} does not make up the cluster's {world} devices ({fix})"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,6 +115,8 @@ class Search:
         the memory. Interrupted (KeyboardInterrupt), it returns the best so far.
         """
         found = self.attempt(top, progress)
+        if found.interrupted and not found.outcomes:
+            raise KeyboardInterrupt
         if not found.outcomes:
             raise infeasible(self.solving, self.anything, found.short)
         return found
@@ -125,8 +127,8 @@ class Search:
         progress: Callable[[str], None] | None = None,
         limit: float = float("inf"),
     ) -> Found:
-        """The same of those that spend `limit` at most; where there are none, it says so with no
-        outcomes."""
+        """The same of those that spend `limit` at most; where there are none, or it is interrupted
+        before one is solved, it says so with no outcomes."""
         began = time.process_time()
         every = [head for head in heads(self.request) if counts(head, self.anything)]
         order = count()
@@ -135,12 +137,13 @@ class Search:
         ]
         heapq.heapify(queue)
         course, finals = _Course(), list[Outcome]()
-        interrupted = False
+        interrupted, at_work = False, float("inf")
         few = self.request.cluster.nodes <= MOST_MAPPED_NODES
         try:
             while queue and len(finals) < top and queue[0][0] <= limit:
                 bound, _, level, candidate, outcome = heapq.heappop(queue)
                 found: list[Entry] = []
+                at_work = bound  # nobody's bound any more if it is interrupted now
                 if level == 0:
                     floor = bound if limit == float("inf") else self._untyped(candidate, bound)
                     if floor <= limit:
@@ -165,14 +168,14 @@ class Search:
                     heapq.heappush(queue, (key, next(order), at, each, what))
         except KeyboardInterrupt:
             interrupted = True
+            course.unproved.append(at_work)
             simulated = [o for *_, level, _, o in queue if level == 4 and o is not None]
             finals += sorted(simulated, key=self._spent)
             if not finals and course.solved:
                 best = min(course.solved, key=self._spent)
                 finals.append(self.solving.placed(best, search=False))
-            if not finals:
-                raise
-        self._check_refused(every)
+        if not interrupted:
+            self._check_refused(every)
         least = min(map(self._spent, finals), default=limit)
         open_floors = [
             key if outcome is None else self._floor(outcome, least)

@@ -19,12 +19,12 @@ from ..ir.workload import Workload
 from .candidates import Candidate, unemittable
 from .fix import Fix
 from .request import Request
-from .search import MOST_MAPPED_NODES
 from .solving import Outcome, Solving
 from .stages import Cut, Shortfall
 
-MORE = 1.1
-"""How much more of everything: the answer is a slope, and 10 % shows above what rounding does."""
+MORE, LESS = 1.1, 0.9
+"""How much more of everything: the answer is a slope, and 10 % shows above what rounding does. Of
+memory also how much less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class _Variations:
         faster = what_if.with_memory_bandwidth(self.cluster, MORE)
         yield Change("memory bandwidth", MORE, self._as_it_is(faster) / now)
         again = self._cut_anew(self.cluster, self.candidate) or now
-        for factor in (MORE, 2 - MORE):
+        for factor in (MORE, LESS):
             other = self._cut_anew(what_if.with_memory(self.cluster, factor), self.candidate)
             yield Change("memory", factor, None if other is None else other / again)
         for factor in (2.0, 0.5):
@@ -108,8 +108,11 @@ class _Variations:
         return solving
 
     def _placed(self, solving: Solving, outcome: Outcome) -> float:
-        few = self.cluster.nodes <= MOST_MAPPED_NODES
-        return solving.placed(outcome, search=few).seconds
+        """Seconds of a step on the plan's own nodes in their order: another order, found for other
+        links, would be another change."""
+        mapping = self.plan.mapping
+        node_of = None if mapping is None else mapping.node_of
+        return solving.placed(outcome, search=False, node_of=node_of).seconds
 
     def _as_it_is(self, cluster: Cluster) -> float:
         """Seconds of a step with the plan's stages."""

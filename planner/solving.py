@@ -282,12 +282,14 @@ class Solving:
             np.array(waits)[at], away[:, at].astype(np.float64) if away.any() else None,
         )  # fmt: skip
 
-    def placed(self, outcome: Outcome, search: bool) -> Outcome:
+    def placed(
+        self, outcome: Outcome, search: bool, node_of: Sequence[int] | None = None
+    ) -> Outcome:
         """A finalist, its schedule simulated on the links it uses: with `search` on the nodes that
-        suit it best, otherwise on nodes in order."""
+        suit it best, otherwise on nodes in order, or in that of `node_of`."""
         request, candidate, cut = self.request, outcome.candidate, outcome.cut
         views = [inner.cluster for inner in outcome.inners]
-        mapping, slowdown = None, in_order(request.cluster, candidate, views)
+        mapping, slowdown = None, in_order(request.cluster, candidate, views, node_of)
         if search and slowdown is not None and self.sites.alike:
             stages = stages_of(request, candidate, outcome.inners, cut.bounds, cut.modes)
             traffic = traffic_of(request, candidate, stages)

@@ -161,7 +161,8 @@ def _contexts(
         if fix.cp not in (None, cp):
             continue
         if cp == 1:
-            yield 1, 1
+            if fix.attention in (None, "heads"):
+                yield 1, 1
             continue
         if tokens % (cp * tp) or (fix.cp is None and tokens // cp < LEAST_TOKENS):
             continue

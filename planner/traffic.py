@@ -70,14 +70,18 @@ def mapped(
 
 
 def in_order(
-    cluster: Cluster, candidate: Candidate, views: Sequence[Cluster] | None = None
+    cluster: Cluster,
+    candidate: Candidate,
+    views: Sequence[Cluster] | None = None,
+    node_of: Sequence[int] | None = None,
 ) -> Slowdown | None:
-    """What links do to communication where ranks are started node by node, in order; None where
-    all are as axes are priced. `views` are the clusters by which the groups of each pipeline rank
-    are priced, where these differ (`sites`)."""
+    """What links do to communication where ranks are started node by node, in order (or in that of
+    `node_of`); None where all are as axes are priced. `views` are the clusters by which the groups
+    of each pipeline rank are priced, where these differ (`sites`)."""
     if not has_choice(cluster):
         return None
-    return _Routes(cluster, candidate, views).slowdown(range(cluster.nodes), slowness_of(cluster))
+    order = range(cluster.nodes) if node_of is None else node_of
+    return _Routes(cluster, candidate, views).slowdown(order, slowness_of(cluster))
 
 
 class _Routes:

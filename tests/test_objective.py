@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 import shardwright as sw
-from shardwright.costmodel import Spending
+from shardwright.costmodel import Spending, what_if
 from shardwright.ir.from_dims import TransformerDims, transformer
 from shardwright.ir.graph import Model
 from shardwright.planner import Fix, Request, Search
 from shardwright.planner.fewer_nodes import choices
 from shardwright.planner.search import TIE
+from shardwright.planner.solving import Solving
 
 WORK = sw.Workload(48, 2048)
 
@@ -146,3 +147,55 @@ def test_a_device_in_a_file_is_a_preset_and_what_differs(tmp_path: Path) -> None
     path.write_text(path.read_text().replace("preset: h100,", "preset: h100-sxm, prize: 3,"))
     with pytest.raises(sw.InvalidInput, match="prize"):
         sw.Cluster.load(path)
+
+
+def test_an_interrupted_search_over_nodes_keeps_what_it_has(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However late: what was found stays, and the bound is below what was not looked at."""
+    where = cluster(price_per_hour=3.0)
+    whole = sw.plan(model, where, WORK, objective="cost", top=1)
+    solve, calls = Solving.solve, [0]
+
+    def interrupted(self: Solving, *arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == last:
+            raise KeyboardInterrupt
+        return solve(self, *arguments)
+
+    monkeypatch.setattr(Solving, "solve", interrupted)
+    for last in (3, 6, 9):
+        calls[0] = 0
+        plan = sw.plan(model, where, WORK, objective="cost", top=1)
+        assert plan.certificate.bound <= whole.certificate.spent * (1 + 1e-9)
+        assert plan.certificate.spent >= whole.certificate.spent * (1 - TIE)
+        if calls[0] >= last:
+            assert any("interrupted" in line for line in plan.advice)
+    last, calls[0] = 1, 0
+    with pytest.raises(KeyboardInterrupt):
+        sw.plan(model, where, WORK, objective="cost")
+
+
+def test_an_island_that_slows_a_job_is_named(model: Model) -> None:
+    """Two nodes of V100s over 1 Gb/s: the A100s alone are faster, and the plan says so."""
+    where = islands({}, {})
+    slow = what_if.with_level(where, len(where.levels) - 1, 0.001)
+    work = sw.Workload(64, 1024, precision="fp16")
+    plan = sw.plan(model, slow, work, top=1)
+    (line,) = [line for line in plan.advice if line.startswith("without nodes 2, 3 ")]
+    alone = sw.plan(model, slow.without([2, 3]), work, top=1).predicted.step_seconds
+    assert f"{alone:.4g} s" in line and alone < plan.predicted.step_seconds
+
+
+def test_every_stage_has_the_memory_of_its_own_devices(model: Model) -> None:
+    where = islands({}, {})
+    work = sw.Workload(64, 1024, precision="fp16")
+    plan = sw.plan(model, where, work, fix="pp=2", top=1)
+    limits = [sw.Device.preset(name).memory_limit_bytes for name in ("a100-80g", "v100")]
+    assert list(plan.predicted.limits_bytes) == limits
+    assert all(used <= 1 for used in plan.explain()._used())
+    layers = "-".join(map(str, plan.strategy.layers))
+    s = plan.strategy
+    fix = f"pp=2,dp={s.dp},tp={s.tp},zero={s.zero},micro_batch={s.micro_batch},stages={layers}"
+    found = sw.predict(model, where, work, f"{fix},recompute={s.recompute},schedule={s.schedule}")
+    assert list(found.memory_limits_bytes) == limits and found.fits

@@ -70,3 +70,33 @@ def test_more_nodes_are_told_first(model: Model) -> None:
     assert said.index("smallest cluster") < said.find("would fit these nodes", 0) or (
         "would fit these nodes" not in said
     )
+
+
+def test_a_host_that_is_too_small_is_no_help(model: Model) -> None:
+    base = sw.Cluster.preset("a100-40g", nodes=1, devices_per_node=1)
+    small = base.device.model_copy(update={"host_memory_bytes": 2**30})
+    with pytest.raises(sw.Infeasible) as caught:
+        sw.plan(model, base.with_device(small), sw.Workload(8, 2048))
+    assert "host memory" not in str(caught.value)
+
+
+def test_islands_count_with_the_memory_they_have() -> None:
+    """Named is the smallest number of nodes, though some of them have little memory."""
+    base = sw.Cluster.preset("a100-80g", nodes=2, devices_per_node=1)
+    parts = [{"name": "new", "nodes": 1}, {"name": "old", "nodes": 1, "device": "v100-16g"}]
+    where = sw.Cluster(**{**base.model_dump(), "curves": (), "islands": parts})
+    work = sw.Workload(64, 2048, precision="fp16")
+    dims = TransformerDims(
+        layers=28, hidden=4096, heads=32, kv_heads=8, ffn=14336, vocab=32000, gated=True
+    )
+    model = transformer(dims, name="llama")
+    with pytest.raises(sw.Infeasible) as caught:
+        sw.plan(model, where, work)
+    found = re.search(r"smallest cluster that fits is (\d+) nodes", str(caught.value))
+    assert found is not None and "v100-16g has" in str(caught.value), caught.value
+    nodes = int(found[1])
+    assert sw.plan(model, where.resized(nodes), work, top=1).predicted.step_seconds > 0
+    assert nodes > 3
+    for fewer in range(3, nodes):
+        with pytest.raises(sw.ShardwrightError):
+            sw.plan(model, where.resized(fewer), work)

@@ -214,6 +214,41 @@ def test_a_lost_node_is_replanned(tmp_path: Path) -> None:
     assert sw.replan(plan, [1, 1], fix="tp=2").lost == (1,)
 
 
+def test_a_replan_may_use_all_that_the_plan_did() -> None:
+    """Mixtures, and what is fixed beyond what is emitted, are searched as they were planned."""
+    work = sw.Workload(64, 2048)
+    plan = sw.plan("mixtral-8x7b", "h100-sxm:4", work, top=1)
+    found = sw.replan(plan, [3])
+    alone = sw.plan("mixtral-8x7b", "h100-sxm:3", work, top=1)
+    assert found.plan.predicted.step_seconds <= alone.predicted.step_seconds * 1.001
+    context = sw.plan(MODEL, CLUSTER, WORK, fix="cp=2", top=1)
+    assert sw.replan(context, [0], fix="cp=2").plan.strategy.cp == 2
+
+
+def test_fewer_nodes_are_used_where_they_are_faster() -> None:
+    """Losing one more node makes no job faster."""
+    plan = sw.plan(MODEL, CLUSTER, WORK, top=1)
+    one = sw.replan(plan, [2])
+    two = sw.replan(plan, [2, 3])
+    assert one.plan.predicted.step_seconds <= two.plan.predicted.step_seconds * 1.001
+
+
+def test_all_nodes_may_be_replaced() -> None:
+    plan = sw.plan(MODEL, CLUSTER.resized(1), WORK, top=1)
+    found = sw.replan(plan, [0], gained=1)
+    assert found.migration.node_of == (1,) and found.migration.moved_bytes == 0
+    with pytest.raises(InvalidInput, match="all 1 nodes are lost"):
+        sw.replan(plan, [0])
+
+
+def test_the_objective_stays() -> None:
+    dear = CLUSTER.with_device(CLUSTER.device.model_copy(update={"price_per_hour": 2.0}))
+    plan = sw.plan(MODEL, dear, WORK, objective="cost", top=1)
+    found = sw.replan(plan, gained=1)
+    assert found.plan.certificate.objective == "cost"
+    assert found.plan.certificate.spent <= plan.certificate.spent * 1.001
+
+
 @pytest.mark.parametrize("nodes", [3, 4])
 def test_what_is_not_typed_is_not_faster(nodes: int) -> None:
     """What a search leaves out as too slow is too slow."""
@@ -288,6 +323,7 @@ def test_the_command_writes_plan_and_moves(tmp_path: Path) -> None:
     plan, new, moves = (tmp_path / name for name in ("plan.json", "new.json", "moves.jsonl"))
     planned(PLANS[0]).save(plan)
     arguments = ["replan", str(plan), "--lost", "0", "3", "-o", str(new), "--moves", str(moves)]
+    arguments += ["--fix", "dp=2,tp=2"]
     done = CliRunner().invoke(app, [*arguments, "--json"])
     assert done.exit_code == 0, done.output
     shown = json.loads(done.stdout)
