@@ -126,7 +126,7 @@ def plan(
     top: Annotated[int, typer.Option(help="Configurations to show")] = 5,
     fix: Fixed = "",
     backend: Annotated[
-        str, typer.Option(help="torch, or any: what cannot be emitted too")
+        str, typer.Option(help="torch, jax, or any: what cannot be emitted too")
     ] = "torch",
     objective: Annotated[
         str, typer.Option(help="What is to be least: time, cost or energy of a step")
@@ -317,7 +317,7 @@ def replan(
 def emit(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN.JSON")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the program")],
-    backend: Annotated[str, typer.Option(help="torch")] = "torch",
+    backend: Annotated[str, typer.Option(help="torch or jax")] = "torch",
     weights: Annotated[
         Path | None, typer.Option(help="safetensors or state dict to start from")
     ] = None,
@@ -329,6 +329,9 @@ def emit(
         found = Plan.load(plan_file)
         folder = found.emit(backend, output, weights=weights)
         ranks = found.strategy.ranks
+        if backend == "jax":
+            typer.echo(f"{folder}: python {folder}/train.py, once per host of {ranks} devices")
+            return
         typer.echo(f"{folder}: torchrun --nproc-per-node {min(ranks, _per_node(found))} "
                    f"--nnodes {max(1, ranks // _per_node(found))} {folder}/train.py")  # fmt: skip
         if found.mapping is not None and list(found.mapping.node_of) != sorted(
@@ -351,16 +354,16 @@ def verify(
     model: Annotated[str, typer.Argument(help="A plan file, or a MODEL together with --layout")],
     layout: Annotated[str, typer.Option(help="tp=2,dp=2,zero=3,...")] = "",
     dtype: Annotated[str, typer.Option(help="float64 or float32")] = "float64",
-    backend: Annotated[str, typer.Option(help="torch")] = "torch",
+    backend: Annotated[str, typer.Option(help="torch or jax")] = "torch",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Runs the emitted program on local CPU ranks against the single-device model."""
 
     def action() -> None:
-        if backend != "torch":
-            raise InvalidInput(f"--backend {backend}: expected torch")
-        result = _verified(model, layout, dtype)
+        if backend not in ("torch", "jax"):
+            raise InvalidInput(f"--backend {backend}: expected torch or jax")
+        result = _verified(model, layout, dtype, backend)
         if as_json:
             typer.echo(json.dumps(result, indent=1))
         else:
@@ -371,12 +374,12 @@ def verify(
     _guarded(action, debug)
 
 
-def _verified(model: str, layout: str, dtype: str) -> dict[str, Any]:
+def _verified(model: str, layout: str, dtype: str, backend: str) -> dict[str, Any]:
     if layout:
-        return run_verify(model, layout=layout, dtype=dtype)
+        return run_verify(model, layout=layout, dtype=dtype, backend=backend)
     if not Path(model).is_file():
         raise InvalidInput(f"{model}: no such plan file; to check a model, give --layout as well")
-    return run_verify(Plan.load(model), dtype=dtype)
+    return run_verify(Plan.load(model), dtype=dtype, backend=backend)
 
 
 def _show(result: dict[str, Any]) -> None:

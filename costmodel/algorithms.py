@@ -12,6 +12,9 @@ ring through all levels:
     direct        every rank to every other, over the level where they meet (all-to-all), or one
                   rank to the next (send)
 
+On a torus (`torus.py`) "hierarchical" goes by the rings of its dims, in parts that use all links at
+once.
+
 An all-reduce is a reduce-scatter and an all-gather. Each algorithm runs over the protocols of
 `data/collectives.yaml`: one starts at once and wastes bandwidth, one the other way round. Sources:
 Thakur, Rabenseifner, Gropp (2005) for the terms; Sanders, Speck, Träff (2009) for the two-tree
@@ -48,10 +51,11 @@ class Line:
 @dataclass(frozen=True, slots=True)
 class Protocol:
     """`start_steps` steps of the innermost level before each pass; `bandwidth_fraction` of what
-    large messages reach."""
+    large messages reach. `torus` marks how devices of a torus send."""
 
     start_steps: float
     bandwidth_fraction: float
+    torus: bool = False
 
 
 @cache
@@ -70,16 +74,16 @@ def lines(kind: CollectiveKind, path: tuple[Hop, ...], step_s: float) -> tuple[L
     passes = 1
     match kind:
         case "all_gather" | "reduce_scatter":
-            found = (ring(path), hierarchical(path))
+            found = _in_order(path)
         case "all_reduce":
-            found, passes = (ring(path), hierarchical(path), tree(path)), 2
+            found, passes = (*_in_order(path), tree(path)), 2
         case "broadcast":
             found = (tree(path),)
         case "all_to_all":
             found = (direct(path),)
         case "send":
             pair = pair_at(path[-1])
-            found = (Line("direct", pair.level.latency_s, 1 / pair.bytes_per_s),)
+            found = (Line("direct", pair.steps * pair.level.latency_s, 1 / pair.bytes_per_s),)
         case _:
             raise InvalidInput(f"unknown collective {kind!r}")
     return tuple(
@@ -89,8 +93,15 @@ def lines(kind: CollectiveKind, path: tuple[Hop, ...], step_s: float) -> tuple[L
             passes * line.s_per_byte / protocol.bandwidth_fraction,
         )
         for protocol in protocols()
+        if protocol.torus == (path[0].level.torus is not None)
         for line in found
     )
+
+
+def _in_order(path: tuple[Hop, ...]) -> tuple[Line, ...]:
+    """Reduce-scatters or all-gathers; on a torus the rings are those of its dims."""
+    by_level = hierarchical(path)
+    return (by_level,) if path[0].spans else (ring(path), by_level)
 
 
 def ring(path: tuple[Hop, ...]) -> Line:
@@ -130,7 +141,7 @@ def direct(path: tuple[Hop, ...]) -> Line:
     return Line(
         "direct",
         sum(hop.steps * hop.level.latency_s for hop in path),
-        sum(hop.members * (hop.units - 1) / size**2 / hop.bytes_per_s for hop in path),
+        sum(hop.exchange_s_per_byte(size) for hop in path),
     )
 
 
@@ -142,7 +153,7 @@ def level_s_per_byte(kind: CollectiveKind, path: tuple[Hop, ...]) -> tuple[float
     match kind:
         case "all_to_all":
             size = _size(path)
-            return tuple(h.members * (h.units - 1) / size**2 / h.bytes_per_s for h in path)
+            return tuple(hop.exchange_s_per_byte(size) for hop in path)
         case "send":
             return (*(0.0 for _ in path[:-1]), 1 / pair_at(path[-1]).bytes_per_s)
         case _:

@@ -32,6 +32,8 @@ def _levels(cluster: Cluster) -> None:
         span = level.span_devices
         if level.whole_island:
             _island_level(cluster, i)
+        if level.torus is not None:
+            _torus_level(cluster, i)
         if span % inner:
             raise Misfit(
                 f"is {span}, expected a multiple of {inner}, the span of the level inside it",
@@ -57,6 +59,16 @@ def _levels(cluster: Cluster) -> None:
             len(cluster.levels) - 1,
             "span_devices",
         )
+
+
+def _torus_level(cluster: Cluster, i: int) -> None:
+    level = cluster.levels[i]
+    if i:
+        inner = cluster.levels[0].name
+        raise Misfit(f"is a torus outside of {inner!r}, expected the innermost level", "levels", i)
+    for name in ("fabric", "pair_bandwidth_bytes_per_s"):
+        if getattr(level, name) is not None:
+            raise Misfit("is given for a torus, expected one or the other", "levels", i, name)
 
 
 def _island_level(cluster: Cluster, i: int) -> None:

@@ -9,10 +9,11 @@ its own devices' shares.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, prod
 
 from ..ir.errors import InvalidInput
 from .cluster import Cluster, Level
+from .torus import Span, exchange_s_per_byte
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class Group:
 class Hop:
     """A level that a group crosses, the cluster's `index`-th: `units` of the level inside it meet
     here, each with `members` ranks of the group; `bytes_per_s` is what one rank sends on it.
+    On a torus `spans` are the dims that the group crosses.
     """
 
     index: int
@@ -41,6 +43,7 @@ class Hop:
     units: int
     members: int
     bytes_per_s: float
+    spans: tuple[Span, ...] = ()
 
     @staticmethod
     def over(index: int, level: Level, units: int, members: int) -> Hop:
@@ -50,10 +53,31 @@ class Hop:
             rate *= level.fabric.bandwidth_fraction
         return Hop(index, level, units, members, rate)
 
+    @staticmethod
+    def across(index: int, level: Level, units: int, stride: int) -> Hop:
+        """The hop of `units` ranks at a stride over a level that may be a torus."""
+        if level.torus is None:
+            return Hop.over(index, level, units, 1)
+        return Hop.along(index, level, level.torus.spans(level.span_devices, units, stride))
+
+    @staticmethod
+    def along(index: int, level: Level, spans: tuple[Span, ...]) -> Hop:
+        """A hop over those dims of a torus, all of their links sending at once."""
+        rate = sum(span.links for span in spans) * level.reached_bytes_per_s(1)
+        return Hop(index, level, prod(span.members for span in spans), 1, rate, spans)
+
     @property
     def steps(self) -> int:
-        """Steps of a binary exchange between the units: ⌈log2 units⌉."""
+        """Steps of an exchange between the units: ⌈log2 units⌉, on a torus links one by one."""
+        if self.spans:
+            return sum(span.hops for span in self.spans)
         return (self.units - 1).bit_length()
+
+    def exchange_s_per_byte(self, size: int) -> float:
+        """Of an all-to-all over a group of `size`, the part that meets here; per byte of it all."""
+        if self.spans:
+            return exchange_s_per_byte(self.spans, size, self.level.reached_bytes_per_s(1))
+        return self.members * (self.units - 1) / size**2 / self.bytes_per_s
 
 
 def hops(cluster: Cluster, group: Group) -> tuple[Hop, ...]:
@@ -74,7 +98,11 @@ def hops(cluster: Cluster, group: Group) -> tuple[Hop, ...]:
         members = _members(level, group, cluster.world_size)
         if members > inside:
             units = members // inside
-            found.append(Hop.over(index, level, units, inside))
+            found.append(
+                Hop.across(index, level, units, group.stride)
+                if inside == 1
+                else Hop.over(index, level, units, inside)
+            )
             inside = members
         if inside == group.size:
             break
@@ -88,7 +116,10 @@ def shape_of(path: tuple[Hop, ...]) -> tuple[int, ...]:
 
 
 def pair_at(hop: Hop) -> Hop:
-    """One device and another at the level of a hop."""
+    """One device and another at the level of a hop; on a torus the next of the group."""
+    if hop.spans:
+        step = max(span.step for span in hop.spans)
+        return Hop.along(hop.index, hop.level, (Span(2, step, False),))
     return Hop.over(hop.index, hop.level, 2, 1)
 
 
@@ -98,7 +129,12 @@ def path_of(cluster: Cluster, shape: tuple[int, ...]) -> tuple[Hop, ...]:
     inside = 1
     for index, units in enumerate(shape):
         if units > 1:
-            path.append(Hop.over(index, cluster.worst_levels[index], units, inside))
+            level = cluster.worst_levels[index]
+            path.append(
+                Hop.across(index, level, units, 1)
+                if inside == 1
+                else Hop.over(index, level, units, inside)
+            )
             inside *= units
     return tuple(path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from .fabric import Fabric
+from .torus import Torus
 
 FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -18,6 +19,8 @@ class Level(BaseModel):
     devices where links are point to point rather than switched. `latency_s` is the cost of one
     step of a collective. `span_devices` is the number of devices joined. `fabric` says how flows
     find their way where a level has more than one switch; it slows collectives, not a single link.
+    `torus` says that each device has links to its neighbours only, `bandwidth_bytes_per_s` being
+    that of all of them together and `latency_s` that of one.
 
     Where `whole_island` is set the level joins each island, whatever its size, and `span_devices`
     is the greatest common divisor of the islands' sizes: blocks of that size never cross a
@@ -33,11 +36,14 @@ class Level(BaseModel):
     pair_bandwidth_bytes_per_s: float | None = Field(default=None, gt=0)
     achieved_fraction: float = Field(default=0.8, gt=0, le=1)
     fabric: Fabric | None = None
+    torus: Torus | None = None
     whole_island: bool = False
 
     def reached_bytes_per_s(self, peers: int) -> float:
         """What one device sends to `peers` others of its level at once, with large messages."""
         nominal = self.bandwidth_bytes_per_s
+        if self.torus is not None:
+            nominal *= min(1.0, peers / self.torus.links_per_device)
         if self.pair_bandwidth_bytes_per_s is not None:
             nominal = min(nominal, peers * self.pair_bandwidth_bytes_per_s)
         return nominal * self.achieved_fraction

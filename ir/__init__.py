@@ -8,7 +8,8 @@ signature   the types in which an op may run, derived from its rule
 graph       Value, Op, Graph, Segment, Model
 refine      from raw ops to graphs with common factors
 mesh        Mesh and sub-axes
-from_torch  tracing PyTorch modules
+lift        from a traced draft to a Model, whatever framework traced it
+from_torch  tracing PyTorch modules; from_jax: tracing JAX functions
 """
 
 from .conversion import Step, backward_collective, collective, dual_steps, steps

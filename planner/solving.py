@@ -125,7 +125,12 @@ class Solving:
             return found if cut is None else self._outcome(candidate, inners, cut, floor_s)
         other = self._solved(candidate, floor_s, workspace=True)
         if isinstance(other, Shortfall):
-            return found
+            # where layers are large, what little is taken off may change no cut
+            return (
+                self._solved(candidate, floor_s, workspace=False, faster=2)
+                if isinstance(found, Shortfall)
+                else found
+            )
         return other if isinstance(found, Shortfall) else min(found, other, key=_seconds)
 
     def with_cut(self, candidate: Candidate, cut: Cut) -> Outcome:
@@ -145,7 +150,10 @@ class Solving:
             min(floor, price.seconds), price.busy_seconds,
         )  # fmt: skip
 
-    def _solved(self, candidate: Candidate, floor_s: float, workspace: bool) -> Outcome | Shortfall:
+    def _solved(
+        self, candidate: Candidate, floor_s: float, workspace: bool, faster: int = 1
+    ) -> Outcome | Shortfall:
+        """`faster`: how many times more is taken off the limit from one try to the next."""
         inners = self.inners(candidate)
         assert inners is not None
         limits = [float(inner.cluster.device.memory_limit_bytes) for inner in inners]
@@ -161,7 +169,10 @@ class Solving:
             ]
             if max(excess) <= 0:
                 return outcome
-            rooms = [room - max(0.0, over) for room, over in zip(rooms, excess, strict=True)]
+            rooms = [
+                room - faster**tried * max(0.0, over)
+                for room, over in zip(rooms, excess, strict=True)
+            ]
         return Shortfall(max(limits) + max(excess), proved=False)
 
     def cut(

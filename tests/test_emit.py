@@ -116,7 +116,7 @@ def test_what_others_rely_on(folder: Path) -> None:
 
 
 def test_tied_parameters_name_all_their_stages() -> None:
-    from shardwright.backends.to_torch.parameters import parameters_source
+    from shardwright.backends.emission.parameters import parameters_source
 
     source = parameters_source(small_plan("gpt2", "tp=1,dp=1,pp=2", 2))
     (line,) = [x for x in source.splitlines() if '"transformer.wte.weight"' in x]

@@ -23,14 +23,15 @@ from op_cases import Case, cases
 from simulated import Ranks
 from test_laws import ONE_AXIS, TWO_AXES, check_all, examples
 
+from shardwright.backends.emission.body import Body
+from shardwright.backends.emission.lines import line
+from shardwright.backends.emission.naming import Writer, returning
+from shardwright.backends.emission.peephole import simplify
+from shardwright.backends.emission.target import Target
+from shardwright.backends.emission.text import indented
 from shardwright.backends.to_torch import TEMPLATES as FOLDER
-from shardwright.backends.to_torch.body import Body
-from shardwright.backends.to_torch.lines import line
-from shardwright.backends.to_torch.naming import Writer, returning
+from shardwright.backends.to_torch.language import TORCH
 from shardwright.backends.to_torch.optable import TEMPLATES
-from shardwright.backends.to_torch.peephole import simplify
-from shardwright.backends.to_torch.source import indented
-from shardwright.backends.to_torch.target import Target
 from shardwright.ir import Mesh, NdType, UnsupportedOp
 from shardwright.ir.optable import TABLE
 
@@ -118,7 +119,7 @@ def compiled(
 ) -> Any:
     """The emitted line as a function of the local operands."""
     op, target = case.op, Target(mesh)
-    body = Body(target)
+    body = Body(target, TORCH)
     for i, (name, t) in enumerate(zip(op.operands, types, strict=True)):
         body.argument(case.values[name], target.live(t), f"operand{i}")
     if not op.operands:  # where it finds a device

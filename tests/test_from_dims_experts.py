@@ -19,7 +19,8 @@ from simulated import int_sizes, shape_of
 from test_from_dims import BF16, LATENT, SMALL, graphs_of
 from torch import Tensor, nn
 
-from shardwright.backends.to_torch.optable import TEMPLATES, fill
+from shardwright.backends.emission.language import fill
+from shardwright.backends.to_torch.optable import TEMPLATES
 from shardwright.costmodel import block_bytes, local_sizes, op_flops, saves
 from shardwright.ir import (
     Graph,

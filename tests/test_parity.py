@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shardwright.backends.to_torch.parity import verify_layouts, verify_plan
+from shardwright.backends.parity import verify_layouts, verify_plan
 
 pytestmark = pytest.mark.slow
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardwright as sw
+from shardwright.costmodel import what_if
 from shardwright.costmodel.pipeline import (
     least_paces,
     least_passes,
@@ -25,7 +26,7 @@ from shardwright.planner.alike import Alike
 from shardwright.planner.bounds import variant_floors
 from shardwright.planner.candidates import Candidate, unemittable
 from shardwright.planner.request import Layers
-from shardwright.planner.solving import Outcome
+from shardwright.planner.solving import Outcome, Solving
 from shardwright.planner.space import heads, variants
 from shardwright.planner.stages import Cut, Rank, SegmentTable
 from shardwright.planner.virtual_stages import cut_virtual, layers_before
@@ -237,3 +238,20 @@ def test_keys_name_what_is_not_the_default() -> None:
     every = Candidate(2, 4, 1, 1, 1, 8, "zb-v", 2, 2, 4, 1, 2, 2)
     for part in ("vpp=2", "cp=2", "ulysses=2", "ep=4", "zero_group=2", "schedule=zb-v"):
         assert part in every.key
+
+
+@pytest.mark.parametrize("part", [0.90, 0.92, 0.94, 0.96, 0.98, 1.0, 1.1])
+def test_what_fits_recomputed_fits_if_nothing_is_said(part: float) -> None:
+    """However little room is left: where recomputing everything fits, a free choice fits as well,
+    and takes no longer."""
+    dims = TransformerDims(
+        layers=126, hidden=16384, heads=128, kv_heads=8, ffn=53248, vocab=128256, gated=True
+    )
+    model, candidate = transformer(dims, name="llama"), Candidate(1, 8192, 1, 3, 1, 1)
+    where = what_if.with_memory(sw.Cluster.preset("h100-sxm", nodes=1024), part)
+    full, free = (
+        Solving(Request.on(model, where, sw.Workload(8192, 8192), fix)).solve(candidate)
+        for fix in (Fix(recompute="full"), Fix())
+    )
+    assert isinstance(full, Outcome) and isinstance(free, Outcome)
+    assert free.seconds <= full.seconds * (1 + 1e-9)

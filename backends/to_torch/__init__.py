@@ -13,18 +13,20 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...ir.errors import InvalidInput
 from ...ir.plan import Plan
-from .parameters import parameters_source
+from ..emission.parameters import parameters_source
+from ..emission.settings import settings_source
+from ..emission.text import formatted
+from ..emission.weights import WEIGHTS, origin, save
+from .names import for_torch, renamed_weights
 from .program import model_source
-from .settings import settings_source
-from .source import formatted
 
 TEMPLATES = Path(__file__).parent / "templates"
-WEIGHTS = "weights.safetensors"
 
 
 def emit(
@@ -39,9 +41,17 @@ def emit(
     op that has no line in the backend's table, InvalidInput where a size does not divide or the
     folder cannot be written.
     """
+    if isinstance(weights, Mapping):
+        weights = renamed_weights(plan.model, weights)
+    elif weights is not None and for_torch(plan.model) is not plan.model:
+        raise InvalidInput(
+            f"weights {weights}: layers of this model are slices of stacked arrays, which torch "
+            "programs hold one by one; load the file and give the arrays by name"
+        )
+    plan = replace(plan, model=for_torch(plan.model))
     target = Path(folder)
     texts = {
-        "settings.py": settings_source(plan, _origin(weights)),
+        "settings.py": settings_source(plan, origin(weights)),
         "parameters.py": parameters_source(plan),
         "model.py": model_source(plan),
     }
@@ -53,30 +63,11 @@ def emit(
             if template.is_file():
                 shutil.copyfile(template, target / template.name)
         if isinstance(weights, Mapping):
-            _save(weights, target / WEIGHTS)
+            save(weights, target / WEIGHTS)
     except OSError as error:
         raise InvalidInput(f"folder {target}: cannot write it: {error.strerror}") from None
     formatted([target / name for name in texts])
     return target
-
-
-def _origin(weights: str | os.PathLike[str] | Mapping[str, Any] | None) -> str | None:
-    """Where the program finds its weights: relative to itself, or absolute."""
-    if weights is None or isinstance(weights, Mapping):
-        return None if weights is None else WEIGHTS
-    path = Path(weights)
-    if not path.exists():
-        raise InvalidInput(f"weights {path}: no such file or folder")
-    return str(path.resolve())
-
-
-def _save(weights: Mapping[str, Any], path: Path) -> None:
-    """A state dict as safetensors; tied tensors under each of their names."""
-    from safetensors.torch import save_file
-
-    save_file(
-        {name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}, path
-    )
 
 
 __all__ = ["emit"]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 from ...ir.conversion import Step
-from ...ir.types import AxisType, NdType
-from .body import Body, Form, Statement
-from .target import LocalSize, declared, order_within, type_text
+from ..emission.body import Body, Form, Statement
+from ..emission.conversions import described, factors_apart, unfolded
+from .types import declared, type_text
 
 _CALL = {
     "all_gather": "spmd.all_gather",
@@ -19,17 +18,6 @@ _CALL = {
     "pad": "spmd.convert",
     "keep_one": "spmd.convert",
     "none": "spmd.convert",
-}
-
-_SAID = {
-    "all_gather": "all-gather",
-    "reduce_scatter": "reduce-scatter",
-    "all_reduce": "all-reduce",
-    "all_to_all": "all-to-all",
-    "slice": "slice",
-    "pad": "pad with zeros",
-    "keep_one": "keep on one rank",
-    "none": "nothing",
 }
 
 _EXPERT = {("I", "P"), ("R", "I"), ("S", "P")}
@@ -51,10 +39,10 @@ def conversion(body: Body, before: Form, after: Form, step: Step) -> Statement:
         options += f", backward_options={summed}"
     body.axes.add(step.axis)
     call = _CALL[step.forward]
-    factors = _inner(before[1], after[1], step, sizes)
+    factors = factors_apart(before[1], after[1], step, sizes)
     if factors:
-        unfolded = {d: len(f) for d, f in factors.items()}
-        src, dst = _unfold(step.source, unfolded), _unfold(step.target, unfolded)
+        parts = {d: len(f) for d, f in factors.items()}
+        src, dst = unfolded(step.source, parts), unfolded(step.target, parts)
         shown = ", ".join(f"{d}: ({', '.join(f)})" for d, f in factors.items())
         options += f", factors={{{shown}}}, makes={declared(after[1])}"
         call = f"at_factors({call}, "
@@ -62,15 +50,12 @@ def conversion(body: Body, before: Form, after: Form, step: Step) -> Statement:
         src, dst = type_text(step.source), type_text(step.target)
         call += "("
     dense = step.forward == "all_reduce" and _producer(body, before) not in _CONTIGUOUS
-    said = f"{step.axis}: {step.source} → {step.target} ({_SAID[step.forward]}"
-    if value.grad and step.backward != step.forward:
-        said += f"; backward: {_SAID[step.backward]}"
 
     def text(x: Sequence[str]) -> str:
         operand = f"{x[0]}.contiguous()" if dense else x[0]
         return f"{call}{operand}, {step.axis}, src={src}, dst={dst}{options})"
 
-    said += ")"
+    said = described(value, step)
     return Statement([before], [after], text, [""], role="conversion", step=step, comment=said)
 
 
@@ -79,38 +64,3 @@ def _producer(body: Body, form: Form) -> str:
         if form in statement.writes:
             return statement.op.kind if statement.op else statement.role
     return "argument"
-
-
-def _inner(
-    before: NdType, after: NdType, step: Step, sizes: tuple[tuple[LocalSize, ...], ...]
-) -> dict[int, list[str]]:
-    """Local factor sizes of dims of which an inner factor is taken apart or put together.
-
-    Empty where concatenating or cutting the dim as a whole does the same.
-    """
-    hard: set[int] = set()
-    for types, kind in ((before, step.source), (after, step.target)):
-        if not kind.is_split:
-            continue
-        outside = sizes[kind.dim][: kind.part]
-        whole = all(not size.symbol for size in outside) and prod(s.number for s in outside) == 1
-        innermost = order_within(types, kind.dim)[-1] == step.axis
-        if not (whole and innermost):
-            hard.add(kind.dim)
-    if step.source.is_split and step.target.is_split and step.source.dim == step.target.dim:
-        hard.add(step.source.dim)
-    found: dict[int, list[str]] = {}
-    for dim in sorted(hard):
-        symbols = [i for i, size in enumerate(sizes[dim]) if size.symbol]
-        free = symbols[0] if symbols else -1
-        names = {"b": "MICRO_BATCH", "s": "SEQ_LEN"}
-        found[dim] = ["-1" if i == free else size.text(names) for i, size in enumerate(sizes[dim])]
-    return found
-
-
-def _unfold(kind: AxisType, factors: dict[int, int]) -> str:
-    """A type on the tensor in which the factors of some dims are dims of their own."""
-    if not kind.is_split:
-        return kind.kind
-    dim = kind.dim + sum(count - 1 for d, count in factors.items() if d < kind.dim)
-    return f"S({dim + (kind.part if kind.dim in factors else 0)})"

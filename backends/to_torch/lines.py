@@ -1,54 +1,24 @@
-"""From an op to the line that computes it on local shards."""
+"""The lines of ops that depend on shapes or types."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 from ...ir.errors import UnsupportedOp
-from ...ir.graph import Graph, Op
-from ...ir.optable import TABLE
-from ...ir.rule import FactorName
+from ...ir.graph import Op
+from ..emission.body import Body, Form, Text
+from ..emission.language import Builder, literal
+from ..emission.lines import splits, vocabulary
+from ..emission.target import order_within
 from . import views
-from .body import Body, Form, Statement, Text
-from .optable import TEMPLATES, fill, literal
-from .target import order_within
 
 _DTYPES = {"float64", "float32", "int64", "int32", "bool"}
 
 
-def line(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Statement:
-    """The statement of an op."""
-    if op.kind not in TEMPLATES:
-        raise UnsupportedOp(
-            f"op {op.kind!r} at {op.module or 'the top level'} ({op.name}): the torch backend does "
-            "not know how to write it; add a line to backends/to_torch/optable.py"
-        )
-    template = TEMPLATES[op.kind]
-    if template.text.startswith("@"):
-        text = _BUILDERS[template.text[1:]](body, op, reads, writes)
-    else:
-
-        def text(x: Sequence[str]) -> str:
-            return fill(template, list(x), op.attributes)
-
-    if TABLE[op.kind].work == "loss":
-        writes = writes[:1]  # the count is known before: see counting.py
-    names = template.name.split() or [""]
-    names = (names * len(writes))[: len(writes)] if len(names) == 1 else names[: len(writes)]
-    return Statement(reads, writes, text, names, role=template.role, op=op)
-
-
-def splits(op: Op, reads: Sequence[Form], writes: Sequence[Form]) -> dict[str, FactorName]:
-    """Axis → the loop that it splits."""
-    found: dict[str, FactorName] = {}
-    for shape, (_, types) in zip(
-        op.rule.operands + op.rule.results, [*reads, *writes], strict=True
-    ):
-        for axis, kind in types:
-            if kind.is_split:
-                found[axis] = shape[kind.dim][kind.part]
-    return found
+def device(body: Body) -> str:
+    """The device of the arguments."""
+    return f"{next(iter(body.inputs.values()))}.device"
 
 
 def _split_text(op: Op, reads: Sequence[Form], writes: Sequence[Form]) -> str:
@@ -59,29 +29,6 @@ def _split_text(op: Op, reads: Sequence[Form], writes: Sequence[Form]) -> str:
         lead = base[1:] if base[0] == "n" and base[1:].isdigit() else ""
         found.append(f'"{axis}": {lead or repr(base)}')
     return ", split={" + ", ".join(found).replace("'", '"') + "}" if found else ""
-
-
-def _vocabulary(body: Body, op: Op, reads: list[Form], writes: list[Form], operand: int) -> str:
-    """The process groups that split the vocabulary, outermost first; empty where none does."""
-    name, types = reads[operand]
-    over = [a for a, f in splits(op, reads, writes).items() if f.split("_")[0] == "v"]
-    if not over:
-        return ""
-    dim = types[over[0]].dim
-    if any(size.number > 1 for size in body.target.local(body.values[name], types)[dim][:-1]):
-        raise UnsupportedOp(f"{name}: the vocabulary is split within a part of it")
-    over = [a for a in order_within(types, dim) if a in over]
-    body.axes.update(over)
-    return ", ".join(over)
-
-
-def draws(graph: Graph) -> bool:
-    """Whether a graph draws random numbers."""
-    keys = {"dropout": "p", "attention": "dropout"}
-    return any(op.attributes.get(keys.get(op.kind, "")) for op in graph.ops)
-
-
-Builder = Callable[[Body, Op, list[Form], list[Form]], Text]
 
 
 def _linear(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
@@ -109,9 +56,9 @@ def _attention(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Tex
 def _embedding(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
     padding = op.attributes.get("padding_idx")
     options = "" if padding is None else f", padding_idx={padding}"
-    if vocab := _vocabulary(body, op, reads, writes, 0):
+    if vocab := vocabulary(body, op, reads, writes, 0):
         split = _split_text(op, reads, writes)
-        return lambda x: f"embedding({x[0]}, {x[1]}, vocab=[{vocab}]{options}{split})"
+        return lambda x: f"embedding({x[0]}, {x[1]}, vocab=[{', '.join(vocab)}]{options}{split})"
     text: Text = lambda x: f"F.embedding({x[1]}, {x[0]}{options})"  # noqa: E731
     return views.unseen(text, reads[0], writes[0]) if views.has_partial(reads[0]) else text
 
@@ -119,8 +66,8 @@ def _embedding(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Tex
 def _cross_entropy(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
     ignore = op.attributes.get("ignore_index", -100)
     options = "" if ignore == -100 else f", ignore_index={ignore}"
-    if vocab := _vocabulary(body, op, reads, writes, 0):
-        options = f", vocab=[{vocab}]" + options
+    if vocab := vocabulary(body, op, reads, writes, 0):
+        options = f", vocab=[{', '.join(vocab)}]" + options
     split = _split_text(op, reads, writes)
     return lambda x: f"cross_entropy({x[0]}, {x[1]}{options}{split})"
 
@@ -154,13 +101,13 @@ def _positions(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Tex
     if any(lead):
         sizes = [" * ".join(map(body.extent, dim)) or "1" for dim in lead]
         index += f".expand({', '.join([*sizes, '-1'])})"
-    device = body.device()
-    return lambda x: f"torch.arange({count}, device={device}){index}"
+    place = device(body)
+    return lambda x: f"torch.arange({count}, device={place}){index}"
 
 
 def _constant(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
-    device = body.device()
-    return lambda x: f"torch.tensor({op.attributes['value']!r}, device={device})"
+    place = device(body)
+    return lambda x: f"torch.tensor({op.attributes['value']!r}, device={place})"
 
 
 def _cast(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
@@ -201,7 +148,7 @@ def _dropout(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
     return lambda x: f"dropout({x[0]}, {p}, draw, {name}{options})"
 
 
-_BUILDERS: dict[str, Builder] = {
+BUILDERS: Mapping[str, Builder] = {
     "linear": _linear,
     "attention": _attention,
     "embedding": _embedding,

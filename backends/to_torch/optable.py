@@ -1,33 +1,12 @@
 """How each kind of op is written in torch, as data: a new op is a line.
 
-`{0}`, `{1}` are the operands, `{names}` the op's attributes as Python literals; a part in `[...]`
-is left out where the attribute it names is missing or has its default. `@name` is a builder in
+See `emission.language.fill` for what stands in braces and brackets. `@name` is a builder in
 lines.py, for what depends on shapes or types.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-from ...ir.errors import UnsupportedOp
-
-
-@dataclass(frozen=True, slots=True)
-class Template:
-    """One kind of op.
-
-    `text`: the expression; `name`: what the result would like to be called (empty: like the first
-    operand); `role`: see `body.Statement`; `defaults`: attribute values that need not be said;
-    `refused`: why the kind cannot be written, where it cannot.
-    """
-
-    text: str
-    name: str = ""
-    role: str = "op"
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    refused: str = ""
+from ..emission.language import Template
 
 
 def _refused(kind: str) -> Template:
@@ -114,23 +93,3 @@ TEMPLATES: dict[str, Template] = {
     "dropout": Template("@dropout"),
 }
 """Kind → how it is written."""
-
-
-def fill(template: Template, operands: list[str], attributes: Mapping[str, Any]) -> str:
-    """The expression of an op with a plain template. Raises UnsupportedOp for a refused kind."""
-    if template.refused:
-        raise UnsupportedOp(template.refused)
-    text = template.text
-    while "[" in text:
-        head, _, rest = text.partition("[")
-        part, _, tail = rest.partition("]")
-        key = part[part.index("{") + 1 : part.index("}")]
-        value = attributes.get(key)
-        said = value is not None and value != template.defaults.get(key)
-        text = head + (part if said else "") + tail
-    return text.format(*operands, **{key: literal(v) for key, v in attributes.items()})
-
-
-def literal(value: Any) -> str:
-    """A Python literal; lists become tuples."""
-    return repr(tuple(value) if isinstance(value, list) else value)

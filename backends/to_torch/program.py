@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import textwrap
-
-from ...ir.graph import Graph, Value
+from ...ir.graph import Value
 from ...ir.plan import Plan
-from .blocks import block_classes, write_class
-from .body import needed_inputs
-from .counting import count_terms
-from .source import imports
+from ..emission.batch import batch_entry
+from ..emission.blocks import block_classes
+from ..emission.counting import count_terms
+from ..emission.target import LiveType, Target
+from ..emission.text import constant, imports
+from ..emission.wiring import Wiring
+from .blocks import write_class
+from .language import TORCH
 from .stages import StageWriter
-from .target import LiveType, Target
-from .wiring import Wiring
 
 _KNOWN = {
     "spmd_types": "",
@@ -36,14 +36,15 @@ def model_source(plan: Plan) -> str:
     """The text of model.py."""
     target = target_of(plan)
     constants: dict[str, str] = {}
-    classes = block_classes(plan)
+    classes = block_classes(plan, TORCH)
     wiring = Wiring(plan, target)
     blocks = [write_class(plan, target, block, constants) for block in classes]
-    stages = [StageWriter(wiring, i, classes, constants).source() for i in range(len(plan.stages))]
-    count = count_terms(plan, constants)
+    writers = [StageWriter(wiring, i, classes, constants, TORCH) for i in range(len(plan.stages))]
+    stages = [writer.source() for writer in writers]
+    count = count_terms(plan, TORCH, constants)
     parts = [*blocks, *stages, count, _tables(plan, wiring, [c.name for c in classes])]
     body = "\n\n\n".join(parts)
-    fixed = "\n\n".join(_constant(name, text) for name, text in constants.items())
+    fixed = "\n\n".join(constant(name, text) for name, text in constants.items())
     if target.reduces_low:
         for name, line in _GRADIENT_SUMS.items():
             fixed = f"{line}\n\n{fixed}" if name in body else fixed
@@ -60,15 +61,6 @@ def target_of(plan: Plan) -> Target:
     return Target(plan.mesh, reduces_low=plan.workload.get("precision", "bf16") == "bf16")
 
 
-def _constant(name: str, text: str) -> str:
-    """A long literal in a few lines that a formatter leaves alone."""
-    if len(text) < 80:
-        return f"{name} = {text}"
-    lines = textwrap.wrap(text[1:-1], 95, break_long_words=False, break_on_hyphens=False)
-    body = "\n".join(f"    {line}" for line in lines)
-    return f"# fmt: off\n{name} = {text[0]}\n{body},\n{text[-1]}\n# fmt: on"
-
-
 def _tables(plan: Plan, wiring: Wiring, blocks: list[str]) -> str:
     """BATCH, BLOCKS, STAGES, CARRIED and LOSS_TYPES."""
     carried = []
@@ -80,7 +72,7 @@ def _tables(plan: Plan, wiring: Wiring, blocks: list[str]) -> str:
     loss = dict(types.axes)
     kinds = {a: str(loss.get(a, "I")) for a in plan.type_axes}
     loss_text = "{" + ", ".join(f'"{a}": "{k}"' for a, k in kinds.items()) + "}"
-    batch = "\n".join(f'    "{v.name}": {_batch(plan, v)},' for v in plan.model.inputs)
+    batch = "\n".join(f'    "{v.name}": {batch_entry(plan, v)},' for v in plan.model.inputs)
     return "\n".join(
         [
             "# name: (dtype, dims, bound of integers)",
@@ -124,48 +116,6 @@ def _shape(target: Target, value: Value, types: LiveType) -> str:
         texts += [str(number)] if number > 1 or not texts else []
         dims.append(texts[0] if len(texts) == 1 else " * ".join(f"({t})" for t in texts))
     return f"({', '.join(dims)}{',' if len(dims) == 1 else ''})"
-
-
-def _batch(plan: Plan, value: Value) -> str:
-    """dtype, dims and the bound of integers: the vocabulary they index."""
-    dims = ", ".join(
-        f'"{d[0]}"' if d and isinstance(d[0], str) else str(_number(d)) for d in value.dims
-    )
-    dtype = {"model": "float32", "wide": "float32"}.get(value.dtype, value.dtype)
-    dims += "," if len(value.dims) == 1 else ""
-    return f'("{dtype}", ({dims}), {_bound(plan, value)})'
-
-
-def _number(dim: tuple[int | str, ...]) -> int:
-    number = 1
-    for size in dim:
-        assert isinstance(size, int)
-        number *= size
-    return number
-
-
-def _bound(plan: Plan, value: Value) -> int:
-    """The number of rows of the table that an integer input indexes, or of classes it names."""
-    if not value.dtype.startswith("int"):
-        return 0
-    bounds: list[int] = []
-    for segment in plan.model.segments:
-        graph = plan.model.blocks[segment.block]
-        for op in graph.ops:
-            if op.kind in ("embedding", "cross_entropy"):
-                dim = graph.values[op.operands[0]].dims[0 if op.kind == "embedding" else -1]
-                outer = dict(zip(graph.inputs, segment.inputs, strict=True))
-                sources = _sources(plan, outer, graph, op.operands[1])
-                if value.name in sources:
-                    bounds.append(_number(dim))
-    return min(bounds, default=2)
-
-
-def _sources(plan: Plan, outer: dict[str, str], graph: Graph, value: str) -> set[str]:
-    """The batch tensors that a value of a segment is made from."""
-    names = {outer[n] for n in needed_inputs(graph, {value})}
-    preamble = plan.model.preamble
-    return names | needed_inputs(preamble, names & set(preamble.outputs))
 
 
 _GRADIENT_SUMS = {

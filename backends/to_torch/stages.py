@@ -3,40 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from ...ir.graph import Segment
-from ...ir.plan import Plan, Recompute
-from ...ir.types import NdType, R
-from .blocks import BlockClass, drop_count, graph_body, parameter_lines
-from .body import Body, Form, Statement, Text, needed_inputs
-from .lines import draws
-from .naming import Writer, identifier, keyword_name, returning
-from .peephole import simplify
-from .source import indented, text_block
-from .target import shown
-from .wiring import Wiring
+from ...ir.plan import Recompute
+from ..emission.blocks import drop_count, graph_body
+from ..emission.body import Body, Form, Statement, Text
+from ..emission.naming import Writer, returning
+from ..emission.peephole import simplify
+from ..emission.stages import Stage, method_name, without
+from ..emission.target import shown
+from ..emission.text import indented, text_block
+from .blocks import parameter_lines
+from .language import TORCH
 
 
 @dataclass(slots=True)
-class StageWriter:
+class StageWriter(Stage):
     """Writes the class of one stage."""
-
-    wiring: Wiring
-    index: int
-    classes: Sequence[BlockClass]
-    constants: dict[str, str]
-    methods: dict[int, str] = field(default_factory=dict)
-
-    @property
-    def plan(self) -> Plan:
-        return self.wiring.plan
-
-    @property
-    def segments(self) -> list[tuple[int, Segment]]:
-        stage = self.plan.stages[self.index]
-        return [(i, self.plan.model.segments[i]) for i in range(stage.first, stage.last)]
 
     def source(self) -> str:
         """The class."""
@@ -84,7 +68,7 @@ class StageWriter:
             lines.append(f"add_parameters(\n    self,\n    {{\n{listed}\n    }},{tail}\n)")
         for run in self._children():
             lines.append(run)
-        if any(self._draws(i) for i, _ in self.segments):
+        if any(self.draws(i) for i, _ in self.segments):
             lines += ['self.path = ""', "self.forwards = 0"]
         return lines or ["pass"]
 
@@ -95,7 +79,7 @@ class StageWriter:
             if not segment.module:
                 continue
             parent, _, leaf = segment.module.rpartition(".")
-            name = self._class(i).name
+            name = self.block_class(i).name
             if runs and runs[-1][:2] == (name, parent) and _follows(runs[-1][2][-1], leaf):
                 runs[-1][2].append(leaf)
             else:
@@ -118,12 +102,6 @@ class StageWriter:
         block = next(c for c in self.classes if c.name == name)
         return f"{name}({path})" if block.draws else f"{name}()"
 
-    def _class(self, segment: int) -> BlockClass:
-        return next(c for c in self.classes if segment in c.segments)
-
-    def _draws(self, segment: int) -> bool:
-        return draws(self.plan.model.blocks[self.plan.model.segments[segment].block])
-
     # --- the forward pass
 
     def _forward(self) -> str:
@@ -131,7 +109,7 @@ class StageWriter:
         simplify(body)
         writer = Writer(body)
         lines, result = writer.lines(), writer.result()
-        if any(self._draws(i) for i, _ in self.segments):
+        if any(self.draws(i) for i, _ in self.segments):
             lines[:0] = [
                 "draw = Draw.of(self.forwards, MICROBATCHES, MICRO_BATCH)",
                 "draw = draw if self.training else None",
@@ -146,86 +124,7 @@ class StageWriter:
         head = f"def forward({', '.join(arguments)}) -> {returns}:"
         return "\n".join([head, indented("\n".join(returning(lines, result)))])
 
-    def body(self) -> tuple[Body, int]:
-        """The statements of the forward pass, and how many arguments are positional."""
-        plan, target = self.plan, self.wiring.target
-        body = Body(target, constants=self.constants)
-        carried = self.wiring.carried(self.index - 1) if self.index else []
-        for name in carried:
-            body.argument(self.wiring.values[name], self.wiring.types[name], self._wish(name))
-        read = {name for _, segment in self.segments for name in segment.inputs}
-        tables = read & set(plan.model.preamble.outputs)
-        batch = needed_inputs(plan.model.preamble, tables) | read
-        for value in plan.model.inputs:
-            if value.name in batch:
-                body.argument(value, self.wiring.types[value.name], keyword_name(value.name))
-        add_constants(body, plan, batch)
-        body.add_graph(plan.model.preamble, plan.preamble, tables)
-        self._calls(body)
-        if self.index + 1 < len(plan.stages):
-            names = self.wiring.carried(self.index)
-        else:
-            names = [plan.model.loss[0]]
-        body.outputs = [body.need(name, self.wiring.types[name]) for name in names]
-        return body, len(carried)
-
-    def _wish(self, name: str) -> str:
-        """What the function that reads a value calls it."""
-        for segment in self.plan.model.segments:
-            if name in segment.inputs:
-                graph = self.plan.model.blocks[segment.block]
-                inner = graph.inputs[segment.inputs.index(name)]
-                return identifier(inner.rpartition(".")[2])
-        return "loss"
-
-    def _calls(self, body: Body) -> None:
-        position = 0
-        segments = self.segments
-        while position < len(segments):
-            _, segment = segments[position]
-            count = 1
-            if segment.module:
-                while position + count < len(segments) and self._joins(
-                    segments[position + count - 1], segments[position + count]
-                ):
-                    count += 1
-            run = [i for i, _ in segments[position : position + count]]
-            body.add(self._call(body, run))
-            position += count
-
-    def _joins(self, before: tuple[int, Segment], after: tuple[int, Segment]) -> bool:
-        """Whether two calls can be passes of one loop."""
-        (i, first), (j, second) = before, after
-        if not second.module or first.module.rpartition(".")[0] != second.module.rpartition(".")[0]:
-            return False
-        if not first.module.rpartition(".")[0] or len(first.outputs) != 1 != len(second.outputs):
-            return False
-        chain = self._chain(first)
-        uses = [s for s in self.plan.model.segments if first.outputs[0] in s.inputs]
-        one, two = (self.plan.annotations[s.block] for s in (first, second))
-        return (
-            self._mode(i) == self._mode(j)
-            and self._draws(i) == self._draws(j)
-            and chain == self._chain(second)
-            and second.inputs[chain] == first.outputs[0]
-            and uses == [second]
-            and _without(first.inputs, chain) == _without(second.inputs, chain)
-            and [self.wiring.target.live(t) for t in one.inputs]
-            == [self.wiring.target.live(t) for t in two.inputs]
-            and self.wiring.target.live(one.outputs[0])
-            == self.wiring.target.live(two.inputs[chain])
-        )
-
-    def _chain(self, segment: Segment) -> int:
-        """Position of the input that another segment made."""
-        made = [k for k, name in enumerate(segment.inputs) if name in self.wiring.made_by]
-        return made[0] if made else 0
-
-    def _mode(self, segment: int) -> Recompute:
-        stage = self.plan.stages[self.index]
-        return stage.recompute[segment - stage.first]
-
-    def _call(self, body: Body, run: list[int]) -> Statement:
+    def call(self, body: Body, run: list[int]) -> Statement:
         """One call, or a loop of calls."""
         segment = self.plan.model.segments[run[0]]
         annotation = self.plan.annotations[segment.block]
@@ -236,7 +135,7 @@ class StageWriter:
         last = self.plan.model.segments[run[-1]]
         names = [name for name in last.outputs if name != self.plan.model.loss[1]]
         writes = [body.know(self.wiring.values[n], self.wiring.types[n]) for n in names]
-        chain = self._chain(segment) if len(run) > 1 else 0
+        chain = self.chain(segment) if len(run) > 1 else 0
         parent = segment.module.rpartition(".")[0]
         loop = ""
         if not segment.module:
@@ -245,13 +144,13 @@ class StageWriter:
             callee = _path(segment.module)
         else:
             callee, loop = "layer", f"layer in {self._layers(parent, run)}"
-        extra = ["draw"] if self._draws(run[0]) else []
-        order = [reads[chain], *_without(reads, chain)]
+        extra = ["draw"] if self.draws(run[0]) else []
+        order = [reads[chain], *without(reads, chain)]
         return Statement(
             order,
             writes,
-            _call_text(callee, self._mode(run[0]), chain, extra),
-            [self._wish(name) for name in names],
+            _call_text(callee, self.mode(run[0]), chain, extra),
+            [self.wish(name) for name in names],
             loop=loop,
         )
 
@@ -270,14 +169,16 @@ class StageWriter:
         plan, target = self.plan, self.wiring.target
         graph, annotation = plan.model.blocks[segment.block], plan.annotations[segment.block]
         stored = plan.parameter_types()
-        body = graph_body(target, graph, annotation, segment.parameters, stored, self.constants)
+        body = graph_body(
+            target, TORCH, graph, annotation, segment.parameters, stored, self.constants
+        )
         drop_count(plan, segment, body)
         simplify(body)
         writer = Writer(body)
         lines, result = writer.lines(), writer.result()
         held = {s.module.split(".")[0] for _, s in self.segments}
         held |= {path.split(".")[0] for _, s in self.segments for path in s.parameters}
-        name = _method_name(segment.block)
+        name = method_name(segment.block, self.language)
         if name in held | _TAKEN:
             name = f"run_{name}"
         while name in self.methods.values():
@@ -295,25 +196,6 @@ class StageWriter:
 _TAKEN = {"forward", "train", "eval", "apply", "type", "to", "half", "float", "double", "children"}
 """Names that a torch module has a use for."""
 
-_METHODS = {"embedding": "embed"}
-"""Blocks whose method has a more usual name than the block's own."""
-
-
-def add_constants(body: Body, plan: Plan, names: set[str]) -> None:
-    """The fixed tensors among these values."""
-    for name in sorted(names & set(plan.model.constants)):
-        value = plan.model.preamble.values[name]
-        types = NdType.uniform(body.target.axes, R)
-        literal = body.constant(identifier(name).upper(), plan.model.constants[name])
-        device = body.device()
-        form = body.know(value, types)
-        text = f"torch.tensor({literal}, device={device})"
-        body.add(Statement([], [form], _fixed(text), [identifier(name)]))
-
-
-def _fixed(text: str) -> Text:
-    return lambda x: text
-
 
 def _call_text(callee: str, mode: Recompute, chain: int, extra: list[str]) -> Text:
     def text(x: Sequence[str]) -> str:
@@ -326,10 +208,6 @@ def _call_text(callee: str, mode: Recompute, chain: int, extra: list[str]) -> Te
     return text
 
 
-def _without(items: Sequence[Any], position: int) -> list[Any]:
-    return [item for i, item in enumerate(items) if i != position]
-
-
 def _follows(before: str, after: str) -> bool:
     return before.isdigit() and after.isdigit() and int(after) == int(before) + 1
 
@@ -338,8 +216,3 @@ def _path(module: str) -> str:
     if all(part.isidentifier() for part in module.split(".")):
         return f"self.{module}"
     return f'self.get_submodule("{module}")'
-
-
-def _method_name(block: str) -> str:
-    name = "".join(f"_{c.lower()}" if c.isupper() else c for c in block.rpartition(".")[2])
-    return _METHODS.get(name.strip("_"), identifier(name))

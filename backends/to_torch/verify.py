@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,12 +24,8 @@ from torch import Tensor, nn
 
 from ...ir.errors import InvalidInput
 from ...ir.plan import Plan
+from ..judging import check_dtype, judged, unjudged
 from .reference import Loss, Reference
-
-TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
-
-# A gradient that is zero but for rounding is compared with this part of the largest one.
-NORM_FLOOR = 1e-6
 
 START_TIMEOUT_S = 60.0
 CASE_TIMEOUT_S = 60.0
@@ -49,6 +45,16 @@ class Case:
     ranks: int
     strategy: Mapping[str, Any] = field(default_factory=dict)
     batch: Mapping[str, Tensor] | None = None
+
+
+class Judge(Protocol):
+    """The single-device model that programs are compared with."""
+
+    def save(self, path: Path) -> None:
+        """Writes its weights as safetensors."""
+
+    def run(self, batch: Mapping[str, Tensor]) -> tuple[float, Mapping[str, Tensor]]:
+        """The mean loss of a batch, and the gradient under each name of each parameter."""
 
 
 def verify(
@@ -83,7 +89,7 @@ def verify_many(
     if backend != "torch":
         raise InvalidInput(f"backend {backend!r}: this verifies 'torch'")
     used = {name for plan in plans for name in plan.model.parameters}
-    reference = Reference(model, _dtype(dtype), loss, used)
+    reference = Reference(model, torch_dtype(dtype), loss, used)
     with tempfile.TemporaryDirectory(prefix="shardwright-verify-") as folder:
         cases = []
         for i, plan in enumerate(plans):
@@ -95,14 +101,14 @@ def verify_many(
 
 
 def compare(
-    cases: Sequence[Case], reference: Reference, *, dtype: str = "float64"
+    cases: Sequence[Case], reference: Judge, *, dtype: str = "float64"
 ) -> list[dict[str, Any]]:
     """Runs emitted folders on one start of local ranks and compares each with the reference.
 
     Returns one result per case, as `verify` does. When a rank dies or time runs out, its case is
     reported with the error and the cases after it run on a new start.
     """
-    _dtype(dtype)
+    torch_dtype(dtype)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="shardwright-ranks-") as temporary:
         root = Path(temporary)
@@ -122,10 +128,9 @@ def compare(
     return results
 
 
-def _dtype(name: str) -> torch.dtype:
-    if name not in TOLERANCE:
-        raise InvalidInput(f"dtype {name!r}: expected {' or '.join(TOLERANCE)}")
-    found: torch.dtype = getattr(torch, name)
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a verification. Raises InvalidInput for one without a tolerance."""
+    found: torch.dtype = getattr(torch, check_dtype(name))
     return found
 
 
@@ -204,19 +209,10 @@ def _last_line(root: Path) -> str:
 
 
 def _result(case: Case, dtype: str) -> dict[str, Any]:
-    """The shape of a result, as that of a program that did not run."""
-    return {
-        "equal": False,
-        "loss": {"single": None, "sharded": None},
-        "worst_gradient": {"name": None, "relative_error": None},
-        "ranks": case.ranks,
-        "strategy": dict(case.strategy),
-        "dtype": dtype,
-        "tolerance": TOLERANCE[dtype],
-    }
+    return unjudged(case.ranks, case.strategy, dtype)
 
 
-def _compare(case: Case, out: Path, reference: Reference, dtype: str) -> dict[str, Any]:
+def _compare(case: Case, out: Path, reference: Judge, dtype: str) -> dict[str, Any]:
     """Compares what the ranks left behind with the single-device model on the same batch."""
     single, expected = reference.run(load_file(out / "batch.safetensors"))
     losses: list[float] = []
@@ -234,40 +230,5 @@ def _compare(case: Case, out: Path, reference: Reference, dtype: str) -> dict[st
             seen = differences[place["name"]][box]
             # Copies on several ranks: the worst counts. An element on no rank stays nan.
             differences[place["name"]][box] = torch.where(seen.isnan(), off, seen.maximum(off))
-    errors = _relative(_one_name_each(differences, expected), expected)
-    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
     sharded = max(losses, key=lambda loss: (loss != loss, abs(loss - single)))
-    tolerance = TOLERANCE[dtype]
-    lost = [name for name, error in errors.items() if error != error]
-    result = _result(case, dtype) | {
-        "equal": errors[worst] <= tolerance and abs(sharded - single) <= tolerance * abs(single),
-        "loss": {"single": single, "sharded": sharded},
-        "worst_gradient": {"name": worst, "relative_error": None if lost else errors[worst]},
-    }
-    if lost:
-        result["error"] = f"gradients that are nan, or partly on no rank: {', '.join(lost[:5])}"
-    return result
-
-
-def _one_name_each(
-    differences: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Of a tied parameter's names, the one that the program uses."""
-    chosen: dict[int, str] = {}
-    for name, gradient in expected.items():
-        untouched = bool(differences[name].isnan().all())
-        if id(gradient) not in chosen or not untouched:
-            chosen[id(gradient)] = name
-    return {name: differences[name] for name in chosen.values()}
-
-
-def _relative(
-    differences: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> dict[str, float]:
-    """‖Δ‖ / max(‖g‖, 1e-6 · largest ‖g‖) per parameter; nan where an element is on no rank."""
-    norms = {name: expected[name].norm().item() for name in differences}
-    floor = NORM_FLOOR * max(norms.values()) or 1.0
-    return {
-        name: difference.norm().item() / max(norms[name], floor)
-        for name, difference in differences.items()
-    }
+    return _result(case, dtype) | judged(single, sharded, differences, expected, dtype)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from ...ir.graph import Op
 from ...ir.rule import RuleDim
-from .target import LocalSize, declared
+from ..emission.target import LocalSize
+from .types import declared
 
 if TYPE_CHECKING:
-    from .body import Body, Form, Text
+    from ..emission.body import Body, Form, Text
 
 
 def unseen(text: Text, read: Form, write: Form) -> Text:
@@ -82,7 +83,7 @@ def reshape(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
     local = body.target.local(body.values[writes[0][0]], writes[0][1])
     split = {(k.dim, k.part) for _, k in reads[0][1] if k.is_split}
     if op.rule.locked and _mixes(source, target):
-        sizes = ", ".join(_product(body, dim) for dim in local)
+        sizes = ", ".join(body.size(dim) for dim in local)
         return lambda x: f"{x[0]}.reshape({sizes})"
     calls = ""
     seen = True  # by the type checker
@@ -120,22 +121,7 @@ def _sizes(body: Body, dims: Sequence[tuple[LocalSize, ...]], first_free: bool) 
     """Sizes of the dims that one dim unfolds into; at most one of them is -1."""
     symbolic = [i for i, dim in enumerate(dims) if any(size.symbol for size in dim)]
     free = 0 if first_free or not symbolic else symbolic[0]
-    return ", ".join("-1" if i == free else _product(body, dim) for i, dim in enumerate(dims))
-
-
-def _product(body: Body, dim: tuple[LocalSize, ...]) -> str:
-    number = 1
-    symbols: list[str] = []
-    for size in dim:
-        if size.symbol:
-            symbols.append(size.text(body.symbols))
-        else:
-            number *= size.number
-    if not symbols:
-        return str(number)
-    return " * ".join(
-        [f"({s})" if "//" in s else s for s in symbols] + [str(number)] * (number > 1)
-    )
+    return ", ".join("-1" if i == free else body.size(dim) for i, dim in enumerate(dims))
 
 
 def permute(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
@@ -153,7 +139,7 @@ def expand(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
     source, target = op.rule.operands[0], op.rule.results[0]
     lead = len(target) - len(source)
     sizes = [
-        "-1" if i >= lead and source[i - lead] == dim else _product(body, local[i])
+        "-1" if i >= lead and source[i - lead] == dim else body.size(local[i])
         for i, dim in enumerate(target)
     ]
 

@@ -10,8 +10,9 @@ from torch import Tensor, fx
 
 from ..errors import UnsupportedOp
 from ..graph import Dims, Dtype
-from .dims import dims_of, reshaped
-from .draft import Draft, Op, Wire
+from ..lift.dims import reshaped
+from ..lift.draft import Draft, Op, Wire
+from .dims import dims_of
 from .optable import TABLE
 
 DTYPES: dict[torch.dtype, Dtype] = {

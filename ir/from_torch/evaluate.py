@@ -1,44 +1,37 @@
-"""Evaluates the gradient-free part of a traced graph for small sizes.
-
-Masks, positions and rotary tables are recognised by what they compute, not by how they are written:
-that survives new versions of the libraries that write them.
-"""
+"""Evaluates the gradient-free part of an exported graph for small sizes, as lifting asks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
 from ..errors import UnsupportedOp
+from ..lift.evaluate import Array, NoValue
 from .export import Exported
 
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32}
 
 
-class NoValue(Exception):
-    """The node depends on a parameter, or on a buffer whose values are unknown."""
-
-
 @dataclass(slots=True)
 class Evaluation:
-    """Values of nodes for one setting: numbers for `b` and `s`, tensors for the inputs.
-
-    `substitute` replaces integer constants of arithmetic: a sliding window of 4096 shows its form
-    at 4. Everything floating is computed in float64.
-    """
+    """Values of nodes for one setting (`ir.lift.evaluate.Evaluation`)."""
 
     exported: Exported
     sizes: Mapping[str, int]
-    inputs: Mapping[str, Tensor]
+    inputs: Mapping[str, Array]
     substitute: Mapping[int, int] = field(default_factory=dict)
     values: dict[fx.Node, Any] = field(default_factory=dict)
 
-    def __call__(self, node: fx.Node) -> Any:
+    def __call__(self, source: fx.Node) -> Array:
         """The value of a node. Raises NoValue where it has none without parameters."""
+        return np.asarray(self._value(source).numpy())
+
+    def _value(self, node: fx.Node) -> Any:
         todo = [node]
         while todo:
             at = todo[-1]
@@ -81,7 +74,7 @@ class Evaluation:
 
     def _placeholder(self, node: fx.Node) -> Tensor:
         if name := self.exported.inputs.get(node):
-            return self.inputs[name]
+            return torch.from_numpy(self.inputs[name])
         if node in self.exported.constants:
             path, tensor = self.exported.constants[node]
             if tensor.is_meta:
@@ -101,44 +94,27 @@ def _is_arithmetic(node: fx.Node) -> bool:
     return str(node.target).removeprefix("aten.").split(".")[0].strip("_") in _ARITHMETIC
 
 
-def arithmetic_constants(node: fx.Node) -> set[int]:
-    """Integers > 1 that take part in the arithmetic which a node depends on."""
-    seen: set[fx.Node] = set()
-    found: set[int] = set()
-    todo = [node]
-    while todo:
-        at = todo.pop()
-        if at in seen:
-            continue
-        seen.add(at)
-        todo += at.all_input_nodes
-        if _is_arithmetic(at):
-            found |= {abs(a) for a in at.args if type(a) is int and abs(a) > 1}
-    return found
+@dataclass(frozen=True, slots=True)
+class Evaluations:
+    """Makes evaluations of an exported graph (`ir.lift.evaluate.Settings`)."""
 
+    exported: Exported
 
-Settings = Callable[..., Evaluation]
-
-
-def settings(exported: Exported) -> Settings:
-    """A maker of evaluations: `make(b=2, s=7, seed=0, substitute={}, **inputs)`.
-
-    Inputs that are not given are drawn: small non-negative integers, ones for masks.
-    """
-
-    def make(
+    def __call__(
+        self,
         b: int = 2,
         s: int = 7,
         seed: int = 0,
         substitute: Mapping[int, int] | None = None,
-        **inputs: Tensor,
+        **inputs: Array,
     ) -> Evaluation:
+        """An evaluation; inputs that are not given are drawn."""
         generator = torch.Generator().manual_seed(seed)
-        drawn: dict[str, Tensor] = {}
+        drawn: dict[str, Array] = {}
         sizes = {"b": b, "s": s}
-        for node, name in exported.inputs.items():
+        for node, name in self.exported.inputs.items():
             traced = node.meta["val"]
-            shape = [n if isinstance(n, int) else sizes[exported.symbols[str(n.node.expr)]]
+            shape = [n if isinstance(n, int) else sizes[self.exported.symbols[str(n.node.expr)]]
                      for n in traced.shape]  # fmt: skip
             if traced.dtype is torch.bool or "mask" in name:
                 value = torch.ones(shape, dtype=traced.dtype)
@@ -146,7 +122,20 @@ def settings(exported: Exported) -> Settings:
                 value = torch.rand(shape, generator=generator, dtype=torch.float64)
             else:
                 value = torch.randint(1, 5, shape, generator=generator).to(traced.dtype)
-            drawn[name] = inputs.get(name, value)
-        return Evaluation(exported, sizes, drawn, dict(substitute or {}))
+            drawn[name] = inputs.get(name, value.numpy())
+        return Evaluation(self.exported, sizes, drawn, dict(substitute or {}))
 
-    return make
+    def constants(self, source: fx.Node) -> set[int]:
+        """Integers > 1 that take part in the arithmetic which a node depends on."""
+        seen: set[fx.Node] = set()
+        found: set[int] = set()
+        todo = [source]
+        while todo:
+            at = todo.pop()
+            if at in seen:
+                continue
+            seen.add(at)
+            todo += at.all_input_nodes
+            if _is_arithmetic(at):
+                found |= {abs(a) for a in at.args if type(a) is int and abs(a) > 1}
+        return found

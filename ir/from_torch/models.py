@@ -5,9 +5,7 @@ Nothing is downloaded. Large models are built on meta; a model made small for `v
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..callables import FunctionModel, called, function_parts
 from ..errors import InvalidInput
 from ..graph import Model
 from .export import token_inputs
@@ -221,24 +220,13 @@ def _called(
     path: str,
 ) -> tuple[nn.Module, Mapping[str, Tensor] | Sequence[Tensor], Callable[..., Any] | None]:
     """(module, example inputs, loss) of a callable."""
-    name, _, attribute = path.partition(":")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # as `python -m` would
-    try:
-        found: Any = importlib.import_module(name)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except Exception as error:  # whatever the user's file does
-        raise InvalidInput(f"model {path!r}: {type(error).__name__}: {error}") from error
-    if not callable(found):
-        raise InvalidInput(f"model {path!r}: {type(found).__name__} cannot be called")
-    try:
-        returned = found if isinstance(found, nn.Module) else found()
-    except Exception as error:
-        raise InvalidInput(f"model {path!r}: {type(error).__name__}: {error}") from error
-    parts = returned if isinstance(returned, tuple) else (returned,)
-    module, inputs, loss = (*parts, None, None)[:3]
-    if len(parts) > 3 or not isinstance(module, nn.Module):
+    returned = called(path, nn.Module)
+    parts = function_parts(returned)
+    if parts is not None and not isinstance(parts[0], nn.Module):
+        raise FunctionModel(path, parts)
+    given = returned if isinstance(returned, tuple) else (returned,)
+    module, inputs, loss = (*given, None, None)[:3]
+    if len(given) > 3 or not isinstance(module, nn.Module):
         raise InvalidInput(
             f"model {path!r}: expected a torch module, (module, example_inputs) or "
             f"(module, example_inputs, loss), got {_shown(returned)}"

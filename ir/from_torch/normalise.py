@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 
 from ..errors import UnsupportedOp
 from ..graph import Dims
+from ..lift.draft import Draft, Wire
 from ..optable import TABLE as KINDS
 from .annotate import PIN_OP
 from .call import DTYPES, Call, module_of
 from .dims import dims_of
-from .draft import Draft, Wire
 from .export import Exported
 from .optable import ALIASES, CASTS, EXPANDS, MORE_VIEWS, TABLE, VIEWS
 from .translate import HANDLERS

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -18,24 +17,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import InvalidInput
-from ..graph import Pin
+from ..graph import Init, Parameter, Pin
+from ..lift.pieces import Run
 from .export import MODEL_DTYPE
 
 LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A list of modules: its path, its children's names, which are alike, how many are traced."""
-
-    path: str
-    children: tuple[str, ...]
-    alike: tuple[int, ...]
-    kept: int
-
-    def child(self, index: int) -> str:
-        """Path of a child."""
-        return f"{self.path}.{self.children[index]}" if self.path else self.children[index]
 
 
 def find_runs(module: nn.Module, path: str = "") -> list[Run]:
@@ -159,3 +145,29 @@ def logical_names(
     """Parameter of the copy → its logical name: the first that the original has for it."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     return {twin: names[original] for twin, original in originals.items()}
+
+
+def parameters_of(
+    module: nn.Module, inits: Mapping[str, Init], runs: Sequence[Run]
+) -> dict[str, Parameter]:
+    """All logical parameters in the module's order; those that were not traced start as the ones
+    that they are like."""
+    like = {run.child(i): run.child(run.alike.index(run.alike[i]))
+            for run in runs for i in range(len(run.children))}  # fmt: skip
+    return {
+        name: Parameter(
+            name,
+            tuple(parameter.shape),
+            inits.get(name) or inits[_like(name, like)],
+            parameter.requires_grad,
+        )
+        for name, parameter in module.named_parameters()
+    }
+
+
+def _like(name: str, like: Mapping[str, str]) -> str:
+    """The parameter of the traced module that the one of this name is like."""
+    unit = name
+    while unit not in like:
+        unit = unit.rpartition(".")[0]
+    return like[unit] + name.removeprefix(unit)

@@ -12,21 +12,18 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..errors import InvalidInput
 from ..graph import Model
+from ..lift.assemble import Unlike, assemble
+from ..lift.draft import Draft
+from ..lift.lifting import lift
+from ..lift.pieces import Run
 from .annotate import mark_outputs, pins_of
-from .assemble import Unlike, assemble
 from .buffers import real_buffers
-from .draft import Draft
-from .evaluate import Settings, settings
+from .evaluate import Evaluations
 from .export import Example, Exported, Inputs, example_of, run_export, token_inputs
 from .inits import initialised, inits_of
-from .lift_attention import lift_attention
-from .lift_loss import lift_loss
-from .lift_pointwise import lift_activations, lift_rms_norm
-from .lift_rotary import lift_rotary
 from .normalise import check, normalise
-from .prefix import Run, find_runs, logical_names, without_values
-from .statics import fold_statics
-from .views import simplify_views
+from .prefix import find_runs, logical_names, parameters_of, without_values
+from .segments import block_name, cut
 
 
 def trace(
@@ -98,22 +95,20 @@ def _traced(
     draft = lifted(exported, names, frozen)
     present = {parameter: names[parameter] for parameter in twin.parameters()}
     inits = inits_of(module, twin, present, recorded)
-    model = assemble(draft, module, twin, runs, inits, name)
+    model = assemble(
+        draft,
+        cut(draft, twin, runs),
+        runs,
+        parameters_of(module, inits, runs),
+        lambda piece, index, count: block_name(piece, index, count, twin),
+        name,
+    )
     return replace(model, pins=(*pins_of(module), *model.pins))
 
 
 def lifted(exported: Exported, names: Mapping[nn.Parameter, str], frozen: frozenset[str]) -> Draft:
     """The draft in kinds of the op table only. Raises UnsupportedOp for what has none."""
     draft, _ = normalise(exported, names, frozen)
-    make: Settings = settings(exported)
-    lift_loss(draft, make)
-    lift_attention(draft, make)
-    lift_rotary(draft, make)
-    lift_rms_norm(draft)
-    lift_activations(draft)
-    fold_statics(draft, make)
-    simplify_views(draft)
-    draft.take_pins()
-    simplify_views(draft)
+    lift(draft, Evaluations(exported))
     check(draft)
     return draft

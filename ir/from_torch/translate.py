@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..lift.dims import elements
+from ..lift.draft import Wire
 from ..rule import Size
 from .call import Call
-from .dims import elements
-from .draft import Wire
 
 Made = Wire | list[Wire]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 Inputs = Mapping[str, tuple[str, tuple[str | int, ...], int]]
-"""Name → (dtype: "int64", "float32", "bool"; dims: "b" samples, "s" positions, or a number; and for
-integers the bound that they stay under)."""
+"""Name → (dtype: "int64", "int32", "float32", "bool"; dims: "b" samples, "s" positions, a number;
+and for integers the bound that they stay under)."""
 
 
 def batch(samples: range, inputs: Inputs, seq_len: int, seed: int) -> dict[str, Tensor]:
@@ -42,7 +42,8 @@ def _row(
         return torch.ones(shape, dtype=getattr(torch, dtype))
     if name == "position_ids":
         return torch.arange(seq_len).expand(shape)
-    if dtype == "int64":
+    if dtype.startswith("int"):
         steps = torch.randint(0, min(bound, 4), shape, generator=generator)
-        return (torch.randint(0, bound, (), generator=generator) + steps.cumsum(-1)) % bound
+        first = torch.randint(0, bound, (), generator=generator)
+        return ((first + steps.cumsum(-1)) % bound).to(getattr(torch, dtype))
     return torch.randn(shape, generator=generator, dtype=getattr(torch, dtype))

@@ -221,6 +221,7 @@ def cross_entropy(
     With a split vocabulary the maximum, the sum of exponentials and the label's logit are reduced
     over `vocab`; no rank sees all logits of a token.
     """
+    labels = labels.long()  # JAX's are int32, as which torch does not take them
     if vocab:
         return _SplitCrossEntropy.apply(logits, labels, vocab, ignore_index)  # type: ignore[no-any-return]
     if logits.dim() > 2:

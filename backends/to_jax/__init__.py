@@ -1,0 +1,67 @@
+"""From a plan to a folder of JAX source that trains: `emit(plan, folder)`.
+
+program      model.py: `functions` writes the blocks and the loss
+language     how functions are written: `optable` and `lines` ops, `conversions` what moves
+verify       the program on host CPU devices against the single-device model
+templates/   what every program has in common, copied as it is
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...ir.errors import InvalidInput
+from ...ir.plan import Plan
+from ..emission.parameters import parameters_source
+from ..emission.settings import settings_source
+from ..emission.text import formatted
+from ..emission.weights import WEIGHTS, origin, save
+from .program import model_source
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def emit(
+    plan: Plan,
+    folder: str | os.PathLike[str],
+    weights: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes the program of a plan into a folder, which it makes, and returns the folder.
+
+    `weights` is what training starts from, by the model's own names: a safetensors file or a folder
+    of them is named in the settings; a mapping of arrays or tensors is written beside the program.
+    Raises InvalidInput for a plan with pipeline stages, which are not emitted for JAX yet, and
+    where a size does not divide or the folder cannot be written; UnsupportedOp for an op that has
+    no line in the backend's table.
+    """
+    if plan.strategy.pp > 1:
+        raise InvalidInput(
+            f"pp={plan.strategy.pp}: the jax backend does not emit pipeline stages yet; plan with "
+            "pp=1, or emit for torch"
+        )
+    target = Path(folder)
+    texts = {
+        "settings.py": settings_source(plan, origin(weights)),
+        "parameters.py": parameters_source(plan),
+        "model.py": model_source(plan),
+    }
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (target / name).write_text(text, encoding="utf-8")
+        for template in sorted(TEMPLATES.iterdir()):
+            if template.is_file():
+                shutil.copyfile(template, target / template.name)
+        if isinstance(weights, Mapping):
+            save(weights, target / WEIGHTS)
+    except OSError as error:
+        raise InvalidInput(f"folder {target}: cannot write it: {error.strerror}") from None
+    formatted([target / name for name in texts])
+    return target
+
+
+__all__ = ["emit"]
