@@ -8,8 +8,8 @@ from ...ir.errors import UnsupportedOp
 from ...ir.graph import Graph, Op
 from ...ir.optable import TABLE
 from ...ir.rule import FactorName
-from .body import Body, Form, Statement
-from .language import fill
+from .body import Body, Form, Statement, Text
+from .language import fill, literal
 from .target import order_within
 
 
@@ -68,3 +68,19 @@ def draws(graph: Graph) -> bool:
     """Whether a graph draws random numbers."""
     keys = {"dropout": "p", "attention": "dropout"}
     return any(op.attributes.get(keys.get(op.kind, "")) for op in graph.ops)
+
+
+def rotary_table(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
+    """The tables of cosines and sines, from a constant of the module."""
+    frequencies = body.constant("INV_FREQ", op.attributes["inv_freq"])
+    options = ""
+    for key, default in (("scaling", 1.0), ("style", "half")):
+        if op.attributes.get(key, default) != default:
+            options += f", {key}={literal(op.attributes[key])}"
+    narrow = body.values[writes[0][0]].dtype == "model"
+
+    def text(x: Sequence[str]) -> str:
+        table = f"rotary_table({x[0]}, {frequencies}{options})"
+        return f"map(to_model, {table})" if narrow else table
+
+    return text

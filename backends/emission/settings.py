@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from ...ir.plan import Plan
 
+ZERO_IN_WORDS = {
+    0: "replicated",
+    1: "replicated, the optimizer's state is split (ZeRO 1)",
+    2: "replicated, gradients and the optimizer's state are split (ZeRO 2)",
+    3: "split, as are gradients and the optimizer's state (ZeRO 3)",
+}
+"""What the stages of ZeRO do with parameters along dp, for the program's docstring."""
+
 
 def settings_source(plan: Plan, weights: str | None = None) -> str:
     """The text of settings.py. `weights` is what training starts from."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from .wiring import Wiring
 
 
 @dataclass(slots=True)
-class Stage:
+class Stage(ABC):
     """What a stage does; a backend's writer adds how a call is written (`call`)."""
 
     wiring: Wiring
@@ -93,9 +94,9 @@ class Stage:
             body.add(self.call(body, run))
             position += count
 
+    @abstractmethod
     def call(self, body: Body, run: list[int]) -> Statement:
         """One call, or a loop of calls."""
-        raise NotImplementedError
 
     def _joins(self, before: tuple[int, Segment], after: tuple[int, Segment]) -> bool:
         """Whether two calls can be passes of one loop."""

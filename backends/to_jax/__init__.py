@@ -9,17 +9,13 @@ templates/   what every program has in common, copied as it is
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ...ir.errors import InvalidInput
 from ...ir.plan import Plan
-from ..emission.parameters import parameters_source
-from ..emission.settings import settings_source
-from ..emission.text import formatted
-from ..emission.weights import WEIGHTS, origin, save
+from ..emission.folder import write_program
 from .program import model_source
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -43,25 +39,7 @@ def emit(
             f"pp={plan.strategy.pp}: the jax backend does not emit pipeline stages yet; plan with "
             "pp=1, or emit for torch"
         )
-    target = Path(folder)
-    texts = {
-        "settings.py": settings_source(plan, origin(weights)),
-        "parameters.py": parameters_source(plan),
-        "model.py": model_source(plan),
-    }
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            (target / name).write_text(text, encoding="utf-8")
-        for template in sorted(TEMPLATES.iterdir()):
-            if template.is_file():
-                shutil.copyfile(template, target / template.name)
-        if isinstance(weights, Mapping):
-            save(weights, target / WEIGHTS)
-    except OSError as error:
-        raise InvalidInput(f"folder {target}: cannot write it: {error.strerror}") from None
-    formatted([target / name for name in texts])
-    return target
+    return write_program(plan, Path(folder), TEMPLATES, model_source(plan), weights)
 
 
 __all__ = ["emit"]

@@ -8,7 +8,7 @@ from ...ir.errors import UnsupportedOp
 from ...ir.graph import Op
 from ..emission.body import Body, Form, Text
 from ..emission.language import Builder, literal
-from ..emission.lines import vocabulary
+from ..emission.lines import rotary_table, vocabulary
 from ..emission.target import LocalSize
 
 _DTYPES = {"float64", "float32", "int64", "int32", "bool"}
@@ -61,21 +61,6 @@ def _cross_entropy(body: Body, op: Op, reads: list[Form], writes: list[Form]) ->
 def _layer_norm(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
     eps = literal(op.attributes["eps"])
     return lambda x: f"layer_norm({', '.join([*x, f'eps={eps}'])})"
-
-
-def _rotary_table(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
-    frequencies = body.constant("INV_FREQ", op.attributes["inv_freq"])
-    options = ""
-    for key, default in (("scaling", 1.0), ("style", "half")):
-        if op.attributes.get(key, default) != default:
-            options += f", {key}={literal(op.attributes[key])}"
-    narrow = body.values[writes[0][0]].dtype == "model"
-
-    def text(x: Sequence[str]) -> str:
-        table = f"rotary_table({x[0]}, {frequencies}{options})"
-        return f"map(to_model, {table})" if narrow else table
-
-    return text
 
 
 def _positions(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
@@ -160,7 +145,7 @@ BUILDERS: Mapping[str, Builder] = {
     "embedding": _embedding,
     "cross_entropy": _cross_entropy,
     "layer_norm": _layer_norm,
-    "rotary_table": _rotary_table,
+    "rotary_table": rotary_table,
     "positions": _positions,
     "cast": _cast,
     "gelu": _gelu,

@@ -11,7 +11,6 @@ templates/   what every program has in common, copied as it is
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +18,7 @@ from typing import Any
 
 from ...ir.errors import InvalidInput
 from ...ir.plan import Plan
-from ..emission.parameters import parameters_source
-from ..emission.settings import settings_source
-from ..emission.text import formatted
-from ..emission.weights import WEIGHTS, origin, save
+from ..emission.folder import write_program
 from .names import for_torch, renamed_weights
 from .program import model_source
 
@@ -49,25 +45,7 @@ def emit(
             "programs hold one by one; load the file and give the arrays by name"
         )
     plan = replace(plan, model=for_torch(plan.model))
-    target = Path(folder)
-    texts = {
-        "settings.py": settings_source(plan, origin(weights)),
-        "parameters.py": parameters_source(plan),
-        "model.py": model_source(plan),
-    }
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            (target / name).write_text(text, encoding="utf-8")
-        for template in sorted(TEMPLATES.iterdir()):
-            if template.is_file():
-                shutil.copyfile(template, target / template.name)
-        if isinstance(weights, Mapping):
-            save(weights, target / WEIGHTS)
-    except OSError as error:
-        raise InvalidInput(f"folder {target}: cannot write it: {error.strerror}") from None
-    formatted([target / name for name in texts])
-    return target
+    return write_program(plan, Path(folder), TEMPLATES, model_source(plan), weights)
 
 
 __all__ = ["emit"]

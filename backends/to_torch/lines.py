@@ -9,7 +9,7 @@ from ...ir.errors import UnsupportedOp
 from ...ir.graph import Op
 from ..emission.body import Body, Form, Text
 from ..emission.language import Builder, literal
-from ..emission.lines import splits, vocabulary
+from ..emission.lines import rotary_table, splits, vocabulary
 from ..emission.target import order_within
 from . import views
 
@@ -79,21 +79,6 @@ def _layer_norm(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Te
     return lambda x: f"F.layer_norm({x[0]}, ({size},), {', '.join([*x[1:], f'eps={eps}'])})"
 
 
-def _rotary_table(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
-    frequencies = body.constant("INV_FREQ", op.attributes["inv_freq"])
-    options = ""
-    for key, default in (("scaling", 1.0), ("style", "half")):
-        if op.attributes.get(key, default) != default:
-            options += f", {key}={literal(op.attributes[key])}"
-    narrow = body.values[writes[0][0]].dtype == "model"
-
-    def text(x: Sequence[str]) -> str:
-        table = f"rotary_table({x[0]}, {frequencies}{options})"
-        return f"map(to_model, {table})" if narrow else table
-
-    return text
-
-
 def _positions(body: Body, op: Op, reads: list[Form], writes: list[Form]) -> Text:
     *lead, last = body.values[writes[0][0]].dims
     count = " * ".join(body.extent(size) for size in last) or "1"
@@ -154,7 +139,7 @@ BUILDERS: Mapping[str, Builder] = {
     "embedding": _embedding,
     "cross_entropy": _cross_entropy,
     "layer_norm": _layer_norm,
-    "rotary_table": _rotary_table,
+    "rotary_table": rotary_table,
     "positions": _positions,
     "constant": _constant,
     "cast": _cast,

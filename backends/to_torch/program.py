@@ -7,6 +7,7 @@ from ...ir.plan import Plan
 from ..emission.batch import batch_entry
 from ..emission.blocks import block_classes
 from ..emission.counting import count_terms
+from ..emission.settings import ZERO_IN_WORDS
 from ..emission.target import LiveType, Target
 from ..emission.text import constant, imports
 from ..emission.wiring import Wiring
@@ -127,13 +128,6 @@ _GRADIENT_SUMS = {
 }
 """How a bf16 program's conversions sum gradients: constants it declares where it uses them."""
 
-_ZERO = {
-    0: "replicated",
-    1: "replicated, the optimizer's state is split (ZeRO 1)",
-    2: "replicated, gradients and the optimizer's state are split (ZeRO 2)",
-    3: "split, as are gradients and the optimizer's state (ZeRO 3)",
-}
-
 _DOC = """{name} on {ranks} ranks: {mesh}.
 
 The mesh, outermost axis first:
@@ -168,7 +162,7 @@ def _doc(plan: Plan) -> str:
         ranks=plan.mesh.size,
         mesh=" × ".join(f"{a.name}={a.size}" for a in plan.mesh.axes),
         rows="\n".join(rows),
-        zero=_ZERO[strategy.zero],
+        zero=ZERO_IN_WORDS[strategy.zero],
         microbatches=plan.microbatches,
         es="es" * (plan.microbatches > 1),
         micro_batch=strategy.micro_batch,
