@@ -36,7 +36,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt setuptools wheel
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[torch,jax,hf,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[torch,jax,hf,dev,oracles]'
 	mkdir -p $(VENV)/mypy
 	ln -sfn ../.. $(VENV)/mypy/shardwright
 	touch $@

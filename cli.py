@@ -3,76 +3,30 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args
+from typing import Annotated, Any, get_args
 
 import typer
-from rich.console import Console
 
-from . import Plan, Prediction, Runtime, Workload
-from . import plan as make_plan
-from . import predict as make_prediction
-from . import replan as make_replan
-from . import verify as run_verify
+from .api import Plan, Prediction, Runtime, Workload
+from .api import plan as make_plan
+from .api import predict as make_prediction
+from .api import replan as make_replan
+from .api import verify as run_verify
+from .checkpoint import list_reads
+from .checkpoint.command import register as register_checkpoints
 from .costmodel import Cluster, Device
-from .ir import InvalidInput, ShardwrightError
+from .ir import InvalidInput
 from .ir.serial import write_whole
 from .ir.workload import Precision
+from .terminal import command_line, errors, guarded
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-    help="Plans and compiles parallel training.",
-)  # fmt: skip
-_ClickException: type[Exception] = typer.BadParameter.__mro__[2]
-"""What the arguments of a command line raise: typer brings its own click, or uses the installed."""
-errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+app = command_line()
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Fixed = Annotated[str, typer.Option("--fix", help="Parts that are given: tp=8,pp=4,zero=3,...")]
-
-
-def main() -> None:
-    """Runs the command line; errors a user can cause are one line and an exit code."""
-    try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-    except _ClickException as error:  # an unknown flag, a number that is none
-        message = getattr(error, "format_message", error.__str__)()
-        errors.print(f"shardwright: {' '.join(message.split())}")
-        code = InvalidInput.exit_code
-    except typer.Abort:
-        code = 130
-    sys.exit(code)
-
-
-def _guarded(action: Callable[[], None], debug: bool) -> None:
-    try:
-        action()
-    except ShardwrightError as error:
-        if debug:
-            raise
-        _fail(str(error), error.exit_code)
-    except BrokenPipeError:
-        _fail("the reader of the output went away", 1)
-    except (OSError, MemoryError) as error:
-        if debug:
-            raise
-        _fail(f"{type(error).__name__}: {error}", InvalidInput.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    except typer.Exit:
-        raise
-    except Exception as error:
-        if debug:
-            raise
-        _fail(f"internal error, please report it (--debug shows where): {error!r}", 1)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    errors.print(f"shardwright: {' '.join(message.split())}")
-    raise typer.Exit(code)
 
 
 def _list_names() -> None:
@@ -173,7 +127,7 @@ def plan(
                 typer.echo(f"  {other.strategy}: {other.reason}")
         return None
 
-    _guarded(action, debug)
+    guarded(action, debug)
 
 
 def _with_progress(quiet: bool, work: Callable[[Callable[[str], None] | None], Plan]) -> Plan:
@@ -208,7 +162,7 @@ def predict(
         found: Prediction = make_prediction(model, where, work, fix, runtime=runtime)
         typer.echo(json.dumps(found.to_json(), indent=1) if as_json else str(found))
 
-    _guarded(action, debug)
+    guarded(action, debug)
 
 
 @app.command()
@@ -226,7 +180,7 @@ def probe(
     """Measures every link, under torchrun or srun on all ranks, and writes the cluster file."""
     from .costmodel.probe import run_probe
 
-    _guarded(
+    guarded(
         lambda: run_probe(
             output, device=device, budget_s=budget, wait_s=wait, seed=seed, on=on, debug=debug
         ),
@@ -248,7 +202,7 @@ def calibrate(
     from .costmodel.calibrate import run_calibrate
 
     names = [name.strip() for name in dtypes.split(",") if name.strip()]
-    _guarded(
+    guarded(
         lambda: run_calibrate(output, budget_s=budget, dtypes=names, device=on, debug=debug), debug
     )
 
@@ -265,7 +219,7 @@ def explain(
         found = Plan.load(plan_file).explain()
         typer.echo(json.dumps(found.to_json(), indent=1) if as_json else str(found))
 
-    _guarded(action, debug)
+    guarded(action, debug)
 
 
 @app.command()
@@ -310,7 +264,7 @@ def replan(
         else:
             typer.echo(f"{found}\n\n{new}")
 
-    _guarded(action, debug)
+    guarded(action, debug)
 
 
 @app.command()
@@ -321,6 +275,10 @@ def emit(
     weights: Annotated[
         Path | None, typer.Option(help="safetensors or state dict to start from")
     ] = None,
+    origin: Annotated[
+        Path | None, typer.Option("--from", help="A checkpoint of any format to go on from")
+    ] = None,
+    spec: Annotated[str, typer.Option(help="Its layout: a file, or a name")] = "",
     debug: Debug = False,
 ) -> None:
     """Writes the sharded program of a plan as source."""
@@ -328,6 +286,8 @@ def emit(
     def action() -> None:
         found = Plan.load(plan_file)
         folder = found.emit(backend, output, weights=weights)
+        if origin is not None:
+            list_reads(origin, folder, found, spec=spec)
         ranks = found.strategy.ranks
         if backend == "jax":
             typer.echo(f"{folder}: python {folder}/train.py, once per host of {ranks} devices")
@@ -340,7 +300,7 @@ def emit(
             order = " ".join(map(str, found.mapping.node_of))
             typer.echo(f"node ranks 0, 1, … of torchrun are best started on nodes {order}")
 
-    _guarded(action, debug)
+    guarded(action, debug)
 
 
 def _per_node(found: Plan) -> int:
@@ -371,7 +331,7 @@ def verify(
         if not result["equal"]:
             raise typer.Exit(4)
 
-    _guarded(action, debug)
+    guarded(action, debug)
 
 
 def _verified(model: str, layout: str, dtype: str, backend: str) -> dict[str, Any]:
@@ -391,3 +351,6 @@ def _show(result: dict[str, Any]) -> None:
     typer.echo(f"{verdict} on {result['ranks']} ranks")
     typer.echo(f"  loss        single {loss['single']:.15g}  sharded {loss['sharded']:.15g}")
     typer.echo(f"  worst gradient  {worst['name']}  relative error {worst['relative_error']:.3g}")
+
+
+register_checkpoints(app, guarded)

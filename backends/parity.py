@@ -18,7 +18,7 @@ from ..ir.callables import FunctionModel, called, function_parts, is_installed, 
 from ..ir.graph import Model
 from ..ir.plan import Plan
 from ..ir.workload import Precision, Workload
-from ..planner import Fix, Request, Search, build_plan, scaled_plan
+from ..planner import Fix, Request, Search, build_plan, scaled_plan, unemittable
 from .judging import check_dtype
 
 SEQ_LEN = 16
@@ -27,11 +27,11 @@ _PRECISION: dict[str, Precision] = {"float64": "fp64", "float32": "fp32"}
 
 def layout_plan(
     model: Model, layout: str | Mapping[str, Any] | None, dtype: str = "float64",
-    seq_len: int = SEQ_LEN,
+    seq_len: int = SEQ_LEN, backend: str = "torch",
 ) -> Plan:  # fmt: skip
     """A plan of a small model with a pinned layout, for as many local ranks as the layout has.
 
-    Raises InvalidInput where the layout does not divide the model.
+    Raises InvalidInput where the layout does not divide the model, or the backend does not emit it.
     """
     fix = Fix.parse(layout).with_defaults()
     pp, dp, tp = fix.degrees
@@ -42,9 +42,11 @@ def layout_plan(
     )
     cluster = Cluster.preset("local", nodes=pp * dp * tp)
     request = Request(model, cluster, workload, fix)
-    search = Search(request)
-    found = search.run(top=1)
-    return build_plan(search, found)
+    search = Search(request, anything=backend == "jax" and fix.beyond_backends)
+    plan = build_plan(search, search.run(top=1))
+    if reason := unemittable(plan.strategy, backend):
+        raise InvalidInput(f"layout {layout}: {backend} programs have no {reason} yet")
+    return plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def verify_layouts(
     widest = max(fix.tp or 1 for fix in fixes)
     deepest = max(_layers(fix) for fix in fixes)
     graph, run = _judged(model, widest, deepest, backend, dtype)
-    return run([layout_plan(graph, layout, dtype) for layout in layouts])
+    return run([layout_plan(graph, layout, dtype, backend=backend) for layout in layouts])
 
 
 def verify_layout(
@@ -116,7 +118,8 @@ def verify_plan(
     small = {axis.name: min(axis.size, 2) for axis in plan.mesh.axes} | dict(sizes or {})
     ranks = prod(small.values())
     tp = prod(size for name, size in small.items() if name.startswith("tp"))
-    model, run = _judged(plan.model.source, tp, 2 * small["pp"], backend, dtype)
+    layers = 2 * small["pp"] * plan.strategy.vpp
+    model, run = _judged(plan.model.source, tp, layers, backend, dtype)
     batch = small["dp"] * 2 * max(2, small["pp"])
     precise = replace(
         plan,
@@ -129,7 +132,7 @@ def verify_plan(
 
 
 def _layers(fix: Fix) -> int:
-    return sum(fix.stages) if fix.stages else 2 * (fix.pp or 1)
+    return sum(fix.stages) if fix.stages else 2 * (fix.pp or 1) * (fix.vpp or 1)
 
 
 def _check(backend: str, dtype: str) -> None:

@@ -284,9 +284,12 @@ def main() -> None:
         emitted, hand = (np.array(found["seconds"][name]) for name in ("emitted", "by hand"))
         busy = [found["processor"][name] for name in ("emitted", "by hand")]
         low, high = np.quantile(emitted / hand, (0.25, 0.75))
+        ratio = np.median(emitted) / np.median(hand)
+        print(f"{layout}: {ratio:.3f}, processor {np.median(busy[0]) / np.median(busy[1]):.3f}",
+              file=sys.stderr, flush=True)  # fmt: skip
         table.add_row(
             layout, f"{np.median(emitted):.3f}", f"{np.median(hand):.3f}",
-            f"{np.median(emitted) / np.median(hand):.3f}", f"{low:.3f}-{high:.3f}",
+            f"{ratio:.3f}", f"{low:.3f}-{high:.3f}",
             f"{np.median(busy[0]) / np.median(busy[1]):.3f}",
             *(f"{found['compiling'][name]:.1f}" for name in ("emitted", "by hand")),
         )  # fmt: skip

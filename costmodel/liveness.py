@@ -12,8 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from ..ir.from_dims.experts import SLOTS
-from ..ir.graph import Binding, Graph, Op, Value
+from ..ir.graph import SLOTS, Binding, Graph, Op, Value
 from ..ir.mesh import Mesh
 from ..ir.optable import TABLE
 from ..ir.plan import Annotation, Recompute

@@ -13,15 +13,22 @@ from_torch  tracing PyTorch modules; from_jax: tracing JAX functions
 """
 
 from .conversion import Step, backward_collective, collective, dual_steps, steps
-from .errors import Infeasible, InvalidInput, ShardwrightError, UnsupportedOp, VerificationFailed
+from .errors import (
+    CorruptCheckpoint,
+    Infeasible,
+    InvalidInput,
+    ShardwrightError,
+    UnsupportedOp,
+    VerificationFailed,
+)
 from .graph import Graph, Init, Model, Op, Parameter, Segment, Value
 from .mesh import Axis, Mesh
 from .signature import Signature, signatures
 from .types import AxisType, I, NdType, P, R, S
 
 __all__ = [
-    "Axis", "AxisType", "Graph", "I", "Infeasible", "Init", "InvalidInput", "Mesh", "Model",
-    "NdType", "Op", "P", "Parameter", "R", "S", "Segment", "ShardwrightError", "Signature",
-    "Step", "UnsupportedOp", "Value", "VerificationFailed", "backward_collective", "collective",
-    "dual_steps", "signatures", "steps",
+    "Axis", "AxisType", "CorruptCheckpoint", "Graph", "I", "Infeasible", "Init", "InvalidInput",
+    "Mesh", "Model", "NdType", "Op", "P", "Parameter", "R", "S", "Segment", "ShardwrightError",
+    "Signature", "Step", "UnsupportedOp", "Value", "VerificationFailed", "backward_collective",
+    "collective", "dual_steps", "signatures", "steps",
 ]  # fmt: skip

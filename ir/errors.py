@@ -28,3 +28,7 @@ class VerificationFailed(ShardwrightError):
     """The sharded program does not compute what the single-device model does (exit code 4)."""
 
     exit_code = 4
+
+
+class CorruptCheckpoint(ShardwrightError):
+    """A checkpoint is damaged, incomplete or mixed: the message names the file (exit code 2)."""

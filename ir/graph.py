@@ -29,6 +29,9 @@ Dtype = Literal["model", "wide", "float64", "float32", "int64", "int32", "bool"]
 Binding = Mapping[str, int]
 """What the symbols stand for: `{"b": micro-batch size in sequences, "s": sequence length}`."""
 
+SLOTS = "c"
+"""Symbol of the slots of one expert for one sequence; `from_dims.expert_binding` says how many."""
+
 
 def bind(size: Size, binding: Binding) -> int:
     """The number a size stands for; raises InvalidInput for an unbound symbol."""

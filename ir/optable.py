@@ -82,6 +82,11 @@ _POINTWISE = [
     ("abs", "none", 1, "x0"),
     ("power", "none", 2, "x0"),  # attribute `exponent`
     ("softplus", "none", 6, "x0"),
+    ("leaky_relu", "none", 1, "x0"),  # attribute `slope`
+    ("elu", "none", 5, "x0"),  # attribute `alpha`
+    ("expm1", "none", 4, "r0"),
+    ("log1p", "none", 4, "x0"),
+    ("stop_gradient", "none", 0, ""),  # the result has no gradient
     ("dropout", "none", 2, ""),  # attribute `p`; mask drawn from the global element index
 ]
 
@@ -138,6 +143,9 @@ _LINES = [
         "x0 x1 +2",
     ),
     _line("softmax", "... h -> ... h; h!", "none", "normalisation", 8, "r0"),
+    # along the last dim
+    _line("cumsum", "... h -> ... h; h!", "sum", "pointwise", 1, ""),
+    _line("sort", "... h -> ... h; h!", "none", "pointwise", 8, "r0"),  # ascending
     # lookup: a split vocabulary looks up what it has and leaves partial sums
     _line("embedding", "v h, ... -> ... h", "first", "lookup", 0, "x1"),
     # mixtures of experts. Every expert has c slots for each sequence, which take its tokens in
@@ -148,6 +156,7 @@ _LINES = [
     # tokens and who chose them -> slots. attributes (here and in moe_combine) experts, top_k
     _line("moe_dispatch", "b s h, b s e -> e (b c) h; s! c!", "first", "dispatch", 0, "x1"),
     _line("grouped_linear", "e c h, e o h -> e c o", "product", "contraction", 2, "x0 x1"),
+    _line("grouped_linear_io", "e c h, e h o -> e c o", "product", "contraction", 2, "x0 x1"),
     # slots, gates, who chose them -> the sum of a token's slots times their gates
     _line(
         "moe_combine",

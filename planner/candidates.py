@@ -8,7 +8,7 @@ from math import gcd, prod
 
 from ..costmodel.collectives import Group
 from ..costmodel.zero import ZeroShards
-from ..ir.graph import Model, bind
+from ..ir.graph import Model, Op, bind
 from ..ir.optable import TABLE
 from ..ir.plan import MODEL_CHANGES, ScheduleName, Strategy
 from ..ir.schedule_rows import schedule_placement
@@ -138,16 +138,21 @@ def divisors(number: int) -> list[int]:
 
 
 def emits(model: Model) -> bool:
-    """Whether a backend can emit the model at all: mixtures of experts are planned and predicted
-    from their dimensions, not yet traced."""
-    return expert_sizes_of(model) is None
+    """Whether a backend can emit the model at all: mixtures of experts are planned and predicted,
+    not yet emitted."""
+    return all(
+        op.kind != "top_k" and op.kind not in OUTPUTS_OF_EXPERTS
+        for graph in model.blocks.values()
+        for op in graph.ops
+    )
 
 
-def unemittable(candidate: Candidate | Strategy) -> str | None:
-    """What of a configuration no backend emits yet, or None."""
+def unemittable(candidate: Candidate | Strategy, backend: str = "torch") -> str | None:
+    """What of a configuration a backend does not emit yet, or None."""
     parts = [
-        (candidate.vpp > 1 or candidate.schedule not in ("1f1b", "gpipe"),
-         "interleaved and zero-bubble schedules"),
+        (candidate.schedule == "interleaved" and backend != "jax",
+         "interleaved schedules, but for jax"),
+        (candidate.schedule.startswith("zb"), "zero-bubble schedules"),
         (candidate.cp > 1, "context parallelism"),
         (candidate.ep * candidate.etp > 1, "expert parallelism"),
         (any(getattr(candidate, name) for name in ZERO_GROUPS),
@@ -177,11 +182,24 @@ def expert_sizes_of(model: Model) -> tuple[int, int] | None:
     """(experts, outputs of one) that every mixture of the model has a multiple of; None for a model
     without experts."""
     counts, widths = 0, 0
-    for graph in model.blocks.values():
-        for op in graph.ops:
-            if op.kind == "grouped_linear":
-                count, width = (
-                    prod(bind(op.sizes[f], {}) for f in op.rule.operands[1][dim]) for dim in (0, 1)
-                )
-                counts, widths = gcd(counts, count), gcd(widths, width)
+    for count, width in expert_products(model):
+        counts, widths = gcd(counts, count), gcd(widths, width)
     return (counts, widths) if counts else None
+
+
+OUTPUTS_OF_EXPERTS = {"grouped_linear": 1, "grouped_linear_io": 2}
+"""Products of all experts → the dim of their weights that holds the outputs; dim 0 is experts."""
+
+
+def expert_products(model: Model) -> list[tuple[int, int]]:
+    """(experts, outputs of one) of every product of experts."""
+    return [
+        (_size(op, 0), _size(op, OUTPUTS_OF_EXPERTS[op.kind]))
+        for graph in model.blocks.values()
+        for op in graph.ops
+        if op.kind in OUTPUTS_OF_EXPERTS
+    ]
+
+
+def _size(op: Op, dim: int) -> int:
+    return prod(bind(op.sizes[factor], {}) for factor in op.rule.operands[1][dim])

@@ -21,8 +21,7 @@ from ..costmodel.saved import runs_again
 from ..costmodel.shards import local_sizes
 from ..costmodel.work import Work
 from ..ir.conversion import Collective, Step, steps
-from ..ir.from_dims.experts import SLOTS
-from ..ir.graph import Binding, Dims, Dtype, Graph, Op, Value, bind
+from ..ir.graph import SLOTS, Binding, Dims, Dtype, Graph, Op, Value, bind
 from ..ir.mesh import Axis, Mesh
 from ..ir.optable import TABLE
 from ..ir.plan import Annotation, Recompute

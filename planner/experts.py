@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from ..costmodel.cluster import Cluster
 from ..costmodel.collectives import Group, collective_seconds
-from ..ir.from_dims.experts import SLOTS
-from ..ir.graph import Graph, Op
+from ..ir.graph import SLOTS, Graph, Op
 from ..ir.rule import FactorName
 from .candidates import Candidate
 

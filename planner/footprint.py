@@ -26,7 +26,7 @@ from ..costmodel.zero import ZeroShards
 from ..ir.mesh import Mesh
 from ..ir.optable import TABLE
 from ..ir.plan import Recompute
-from .candidates import Candidate, placement_of
+from .candidates import OUTPUTS_OF_EXPERTS, Candidate, placement_of
 from .inner import Inner
 from .request import Request
 
@@ -284,8 +284,9 @@ def _product_shapes(
             continue
         weight = op.operands[1]
         if weight in inner.expert_parameters[block]:
-            *_, outside, inside = graph.values[weight].shape({})
-            shape = (outside // candidate.etp, inside)
+            sizes = graph.values[weight].shape({})
+            outputs = OUTPUTS_OF_EXPERTS[op.kind]
+            shape = (sizes[outputs] // candidate.etp, sizes[3 - outputs])
         else:
             outside, inside = local_shape(graph.values[weight], kinds[weight], mesh, {})
             shape = (inside, outside) if op.kind == "linear_io" else (outside, inside)

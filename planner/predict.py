@@ -18,7 +18,7 @@ from ..ir.mesh import Axis, Mesh
 from ..ir.optable import TABLE
 from ..ir.plan import Annotation, Recompute, Strategy
 from ..ir.schedule_rows import default_vpp, schedule_placement
-from .candidates import ZERO_GROUPS, Candidate, placement_of
+from .candidates import ZERO_GROUPS, Candidate, expert_products, placement_of
 from .chain import Chain
 from .costs import ModelCosts
 from .experts import ExpertPart
@@ -285,14 +285,10 @@ def _check_heads(model: Model, tp: int) -> None:
 
 def _check_experts(model: Model, ep: int, etp: int) -> None:
     """Raises InvalidInput where experts, or what is inside one, cannot be shared out."""
-    products = [op for graph in model.blocks.values() for op in graph.ops
-                if op.kind == "grouped_linear"]  # fmt: skip
+    products = expert_products(model)
     if (ep > 1 or etp > 1) and not products:
         raise InvalidInput(f"--fix: ep={ep}, etp={etp}, but the model has no experts")
-    for op in products:
-        count, width = (
-            prod(bind(op.sizes[f], {}) for f in op.rule.operands[1][dim]) for dim in (0, 1)
-        )
+    for count, width in products:
         if count % ep:
             raise InvalidInput(f"--fix: ep={ep} does not divide the model's {count} experts")
         if width % etp:

@@ -45,7 +45,7 @@ def scaled_plan(
         tp=mesh.size // (pp * mesh["dp"].size),
         micro_batch=binding["b"],
     )
-    stages = _stages(plan, model, pp)
+    stages = _stages(plan, model, pp * plan.strategy.vpp)
     counts = repeated(model).per_stage([0, *(stage.last for stage in stages)])
     workload: dict[str, Any] = {
         **plan.workload, "global_batch": global_batch, "seq_len": seq_len,
@@ -85,7 +85,8 @@ def _check_division(
 
 
 def _stages(plan: Plan, model: Model, pp: int) -> tuple[Stage, ...]:
-    """The model's segments over `pp` stages, evenly, with the plan's recompute modes in turn."""
+    """The model's segments over `pp` (virtual) stages, evenly, with the plan's recompute modes in
+    turn."""
     layers = repeated(model)
     share, extra = divmod(layers.count, pp)
     bounds = bounds_of(model, tuple(share + (s < extra) for s in range(pp)))

@@ -20,7 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = (ROOT / "backends/to_torch/templates", ROOT / "tests/fixtures/handwritten")
+SOURCES = (
+    ROOT / "backends/emission/templates",
+    ROOT / "backends/to_torch/templates",
+    ROOT / "tests/fixtures/handwritten",
+)
 
 VOCAB, HIDDEN, GROUPS, WIDTH, LAYERS = 13, 10, 4, 6, 5
 

@@ -209,6 +209,7 @@ SEMANTICS: dict[str, Semantics] = {
     "top_k": _top_k,
     "moe_dispatch": _moe_dispatch,
     "grouped_linear": _one(lambda x, w: x @ w.mT),
+    "grouped_linear_io": _one(lambda x, w: x @ w),
     "moe_combine": _one(_moe_combine),
     # losses: sum and count
     "cross_entropy": _cross_entropy,
@@ -255,5 +256,12 @@ SEMANTICS: dict[str, Semantics] = {
     "abs": _one(torch.abs),
     "power": _with(lambda a, x: x.pow(a["exponent"])),
     "softplus": _one(F.softplus),
+    "elu": _with(lambda a, x: F.elu(x, a.get("alpha", 1.0))),
+    "expm1": _one(torch.expm1),
+    "log1p": _one(torch.log1p),
+    "leaky_relu": _with(lambda a, x: F.leaky_relu(x, a["slope"])),
+    "stop_gradient": _one(lambda x: x.detach() + 0 * x),  # a gradient that is zero, not none
+    "cumsum": _one(lambda x: x.cumsum(-1)),
+    "sort": _one(lambda x: x.sort(-1).values),
     "dropout": _one(lambda x: x),
 }

@@ -150,3 +150,15 @@ class OneLevel(nn.Module):
 def one_level() -> tuple[nn.Module, dict[str, Tensor], Any]:
     """Embedding, MLP with a residual, head."""
     return OneLevel(), decoder()[1], token_loss
+
+
+def vit() -> tuple[nn.Module, dict[str, Tensor]]:
+    """An image classifier as transformers makes it, from a config: patches by convolution."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
+        image_size=16, patch_size=4, num_labels=8, problem_type="single_label_classification",
+    )  # fmt: skip
+    inputs = {"pixel_values": torch.zeros(2, 3, 16, 16), "labels": torch.zeros(2).long()}
+    return ViTForImageClassification(config), inputs

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from shardwright.cli import app, main
+from shardwright.__main__ import main
+from shardwright.cli import app
 from shardwright.planner.solving import Solving
 
 RUNNER = CliRunner()

@@ -37,7 +37,7 @@ LAYER = """\
 
 ALLOWED = {"__future__", "argparse", "collections", "dataclasses", "functools", "importlib", "json",
            "math", "pathlib", "re", "sys", "time", "typing", "zlib", "jax", "numpy", "optax",
-           "orbax", "safetensors"}  # fmt: skip
+           "orbax", "safetensors", "tensorstore"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -118,14 +118,9 @@ def test_an_op_without_a_line_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_refused_says_what_to_do(tmp_path: Path) -> None:
-    plan = small_plan("llama", "tp=1,dp=1,pp=2", 2)
-    with pytest.raises(sw.InvalidInput, match=r"pp=2: .*jax.*plan with pp=1"):
-        emit(plan, tmp_path)
-    assert not list(tmp_path.iterdir())
+    plan = small_plan("llama", "tp=1,dp=1,pp=1", 1)
     with pytest.raises(sw.InvalidInput, match="expected torch or jax"):
         plan.emit("mxnet", tmp_path)  # type: ignore[attr-defined]
-    with pytest.raises(sw.InvalidInput, match="pp=2"):
-        sw.plan("llama-3.1-8b", "h100-sxm:1", sw.Workload(8, 128), fix="pp=2", backend="jax")
     with pytest.raises(sw.InvalidInput, match="no such file"):
         emit(small_plan_of("llama"), tmp_path, weights=tmp_path / "missing")
 

@@ -362,6 +362,15 @@ class InPlace(Sorting):
         return y.mean()
 
 
+class Overlapping(Sorting):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolution(self.inner(x)[..., None].expand(-1, -1, 9)).mean()
+
+
 X = torch.zeros(4, 8)
 
 
@@ -369,6 +378,7 @@ X = torch.zeros(4, 8)
     ("model", "inputs", "kind", "message"),
     [
         (Sorting, [X], UnsupportedOp, "op sort at the top level.*ir/optable.py"),
+        (Overlapping, [X], UnsupportedOp, "op conv1d at convolution.*no rule"),
         (Branching, [X], InvalidInput, "Branching cannot be traced: its control flow depends"),
         (FixedBatch, [X], InvalidInput, "batch"),
         (InPlace, [X], UnsupportedOp, "in place"),

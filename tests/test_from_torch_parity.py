@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import parity_models
 import pytest
 import torch
 import torch.nn.functional as F
@@ -310,3 +311,57 @@ def test_mlp_with_mse() -> None:
     module = perturbed(module)
     inputs = {"input": x, "target": y}
     assert_same(model, module, inputs, lambda: F.mse_loss(module(x), y))
+
+
+def test_a_vision_transformer() -> None:
+    """Patches by convolution, a token for the class before them, learned positions."""
+    module, _ = parity_models.vit()
+    torch.manual_seed(3)
+    inputs = {"pixel_values": torch.randn(3, 3, 16, 16), "labels": torch.randint(0, 8, (3,))}
+    model = trace(module, inputs)
+    assert [s.block for s in model.segments] == ["Embedding", *["ViTLayer"] * 3, "Head"]
+    module = perturbed(module)
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    assert_same(model, module, inputs, lambda: module(**inputs).loss)
+
+
+class Convolved(nn.Module):
+    """A convolution whose windows lie side by side, of uneven sides; running sums, and a kink."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.out = nn.Conv2d(4, 8, (1, 3), stride=(1, 3)), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.leaky_relu(self.patch(x), 0.2).flatten(2).transpose(1, 2)
+        y = y.cumsum(1) - self.out.weight.detach().sum(0)
+        return self.out(y).square().mean()
+
+
+class Exponential(nn.Module):
+    """The family of ELU, with and without factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        y = F.elu(y, 0.7) + F.selu(y) + F.celu(y, 0.5)  # torch's celu has 1 / alpha in float32
+        return self.out(y).square().mean()
+
+
+def test_exponential_units() -> None:
+    module, x = Exponential(), torch.randn(3, 5, 8)
+    model = trace(module, {"x": x})
+    kinds = [op.kind for graph in model.blocks.values() for op in graph.ops]
+    assert kinds.count("elu") == 3
+    module = perturbed(module)
+    assert_same(model, module, {"x": x.double()}, lambda: module(x.double()))
+
+
+def test_a_convolution_of_patches_and_ops_beside_it() -> None:
+    module, x = Convolved(), torch.randn(3, 4, 2, 12)
+    model = trace(module, {"x": x})
+    module = perturbed(module)
+    assert_same(model, module, {"x": x.double()}, lambda: module(x.double()))

@@ -74,6 +74,10 @@ def test_a_plain_mlp() -> None:
     check("parity_models:regressor", ["tp=2", "tp=3", "dp=2,zero=3", "dp=3", "pp=2", "pp=2,tp=2"])
 
 
+def test_a_vit_of_transformers() -> None:
+    check("parity_models:vit", ["tp=2", "dp=2,zero=3", "tp=2,dp=2,zero=1"])
+
+
 def test_a_summed_loss_and_unused_parameters() -> None:
     check("parity_models:summed", ["tp=2", "tp=3"])
 

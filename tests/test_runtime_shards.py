@@ -6,6 +6,7 @@ import json
 from itertools import product
 from math import prod
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import pytest
@@ -240,6 +241,50 @@ def test_only_whole_checkpoints_count_and_the_last_two_stay(tmp_path: Path) -> N
         checkpoint.save(saved, program.stage, optimizer, checkpoint.Progress(4))
         assert not (saved / "step-00000004" / "rest").exists()
         assert checkpoint.newest(saved).name == "step-00000004"
+
+
+def test_a_save_beside_training_keeps_what_was_there_when_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Event()  # nothing is written before training has gone on
+    with alone(write(tmp_path / "program"), "initial", "checkpoint", "saving") as program:
+        really = program.saving.write
+
+        def slowly(*args: object) -> Path:
+            disk.wait()
+            return really(*args)
+
+        monkeypatch.setattr(program.saving, "write", slowly)
+        program.initial.initialise(program.stage, 0)
+        optimizer = torch.optim.AdamW(program.stage.parameters())
+        program.checkpoint.create_state(optimizer)
+        saver = program.saving.Saver(tmp_path / "saved")
+        before = {n: p.detach().clone() for n, p in program.stage.named_parameters()}
+        progress = program.checkpoint.Progress(step=1, samples=8)
+        saver.save(program.stage, optimizer, progress)
+        saver.before_update()
+        program.initial.initialise(program.stage, 1)
+        progress.step = 2
+        assert not (tmp_path / "saved").exists()
+        disk.set()
+        saver.wait()
+        fresh = torch.optim.AdamW(program.stage.parameters())
+        loaded = program.checkpoint.resume(tmp_path / "saved", program.stage, fresh)
+        assert (loaded.step, loaded.samples) == (1, 8)
+        for name, parameter in program.stage.named_parameters():
+            assert torch.equal(parameter, before[name])
+
+
+def test_a_save_that_fails_is_heard_of_before_the_next_one(tmp_path: Path) -> None:
+    (tmp_path / "saved").write_text("a file where the folder should be")
+    with alone(write(tmp_path / "program"), "initial", "checkpoint", "saving") as program:
+        program.initial.initialise(program.stage, 0)
+        optimizer = torch.optim.AdamW(program.stage.parameters())
+        program.checkpoint.create_state(optimizer)
+        saver = program.saving.Saver(tmp_path / "saved")
+        saver.save(program.stage, optimizer, program.checkpoint.Progress(step=1))
+        with pytest.raises(OSError, match="saved"):
+            saver.save(program.stage, optimizer, program.checkpoint.Progress(step=2))
 
 
 # --- data ----------------------------------------------------------------------------------------

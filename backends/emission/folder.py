@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,21 @@ from .settings import settings_source
 from .text import formatted
 from .weights import WEIGHTS, origin, save
 
+SHARED = Path(__file__).parent / "templates"
+"""What programs of both backends have."""
+
 
 def write_program(
     plan: Plan,
     target: Path,
-    templates: Path,
+    templates: Sequence[Path],
     model: str,
     weights: str | os.PathLike[str] | Mapping[str, Any] | None,
 ) -> Path:
     """Writes a program whose model.py is `model` into a folder, which it makes, and returns it.
 
-    The files of `templates` are copied as they are; weights that are given as a mapping are written
-    beside the program. Raises InvalidInput where the folder cannot be written.
+    The files of the folders `templates` are copied as they are; weights that are given as a mapping
+    are written beside the program. Raises InvalidInput where the folder cannot be written.
     """
     texts = {
         "settings.py": settings_source(plan, origin(weights)),
@@ -37,7 +40,9 @@ def write_program(
         target.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             (target / name).write_text(text, encoding="utf-8")
-        for template in sorted(templates.iterdir()):
+        for template in sorted(
+            path for folder in (SHARED, *templates) for path in folder.iterdir()
+        ):
             if template.is_file():
                 shutil.copyfile(template, target / template.name)
         if isinstance(weights, Mapping):

@@ -27,10 +27,13 @@ ALIKE: dict[str, Template] = {
     ),
     "layer_norm": Template("@layer_norm", name="@module"),
     "softmax": Template("softmax({0})"),
+    # along the last dim
+    "cumsum": Template("{0}.cumsum(-1)"),
     # lookup
     "embedding": Template("@embedding", name="hidden"),
     # mixtures of experts
     "grouped_linear": Template("{0} @ {1}.mT", name="@parameter"),
+    "grouped_linear_io": Template("{0} @ {1}", name="@parameter"),
     # losses
     "cross_entropy": Template("@cross_entropy", name="loss count"),
     "sum_loss": Template("sum_loss({0})", name="loss count"),

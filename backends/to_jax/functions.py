@@ -1,4 +1,5 @@
-"""The functions of model.py: one per distinct block, and the loss that calls them in order.
+"""The functions of model.py: one per distinct block, and the stages or the loss that call them in
+order.
 
 Layers of one kind in a row are a *stack*: their parameters are stored as one array each, and a
 `lax.scan` runs them.
@@ -6,6 +7,7 @@ Layers of one kind in a row are a *stack*: their parameters are stored as one ar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,6 +42,10 @@ def write_block(
     return lines
 
 
+_TAKEN = re.compile(r"loss|count_terms|before|after|stage(_\d+)?")
+"""Names of the functions that call the others."""
+
+
 def function_name(block: BlockClass) -> str:
     """`LlamaDecoderLayer` → `llama_decoder_layer`."""
     return method_name(block.name, JAX)
@@ -58,7 +64,7 @@ def _function(name: str, body: Body, doc: str) -> str:
 
 @dataclass(slots=True)
 class StageWriter(Stage):
-    """Writes the functions of the model's own ops, and the loss."""
+    """Writes the functions of the model's own ops, and what calls all of them."""
 
     def functions(self) -> list[str]:
         """The model's own ops."""
@@ -74,25 +80,26 @@ class StageWriter(Stage):
         )
         drop_count(plan, segment, body)
         name = method_name(segment.block, JAX)
-        while name in self.methods.values() or name in ("loss", "count_terms"):
+        while name in self.methods.values() or _TAKEN.fullmatch(name):
             name += "_"
         self.methods[index] = name
         types = "; ".join(shown(form[1]) for form in body.outputs)
         return _function(name, body, f"The model's own ops. Returns {types or 'plain arrays'}.")
 
-    def loss(self) -> str:
-        """The source of `loss(params, **batch)`."""
-        body, _ = self.body()
+    def function(self, name: str, doc: str) -> str:
+        """The source of what calls the blocks: `loss(params, **batch)`, or a stage, which takes
+        what it is sent first."""
+        body, positional = self.body()
         simplify(body)
         writer = Writer(body)
         lines, result = writer.lines(), writer.result()
-        arguments = "".join(f"{v}: Array, " for v in body.inputs.values())
-        arguments += "key: Array | None = None, **_: Array"
-        head = f"def loss(params: Params, *, {arguments}) -> Array:"
-        doc = text_block(
-            "The sum of the loss terms of one microbatch. Numbers are drawn from `key`: dropout."
-        )
-        return "\n".join([head, indented("\n".join([doc, *returning(lines, result)]))])
+        given = list(body.inputs.values())
+        sent = "".join(f", {v}: Array" for v in given[:positional])
+        rows = "".join(f"{v}: Array, " for v in given[positional:])
+        rows += "key: Array | None = None, **_: Array"
+        returns = "Array" if len(result) == 1 else "tuple[Array, ...]"
+        head = f"def {name}(params: Params{sent}, *, {rows}) -> {returns}:"
+        return "\n".join([head, indented("\n".join([text_block(doc), *returning(lines, result)]))])
 
     def _joins(self, before: tuple[int, Segment], after: tuple[int, Segment]) -> bool:
         """Whether two calls can be steps of one scan."""

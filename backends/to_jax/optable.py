@@ -47,6 +47,12 @@ TEMPLATES: dict[str, Template] = {
     "log": _call("jnp.log"),
     "sqrt": _call("jnp.sqrt"),
     "rsqrt": _call("lax.rsqrt"),
+    "leaky_relu": Template("nn.leaky_relu({0}, {slope})", role="pointwise"),
+    "elu": Template("nn.elu({0}[, {alpha}])", role="pointwise", defaults={"alpha": 1.0}),
+    "expm1": _call("jnp.expm1"),
+    "log1p": _call("jnp.log1p"),
+    "stop_gradient": _call("lax.stop_gradient"),
+    "sort": Template("jnp.sort({0}, axis=-1)"),
     "erf": _call("lax.erf"),
     "abs": _call("jnp.abs"),
 }

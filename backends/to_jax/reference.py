@@ -61,7 +61,7 @@ class FunctionReference:
         self.used = [name for name in used if self._is_trained(name)]
         self.function = function
         inputs, _, _, self.inputs = named_inputs(function, example_inputs)
-        self.names = {name: np.dtype(leaf.dtype) for name, leaf in inputs.items()}
+        self.names = {name: leaf.dtype for name, leaf in inputs.items()}
         self.examples = inputs
         self.wide = dtype == "float64"
         loss = widen(self._loss) if self.wide else self._loss
@@ -140,8 +140,10 @@ class FunctionReference:
 
     def _input(self, name: str, batch: Mapping[str, np.ndarray]) -> Any:
         if name not in batch:  # the model does not read it: a key of random numbers
+            if jax.numpy.issubdtype(self.names[name], jax.dtypes.prng_key):
+                return jax.random.key(0)
             return jax.numpy.zeros(self.examples[name].shape, self.names[name])
-        kind = self.names[name]
+        kind = np.dtype(self.names[name])
         return jax.numpy.asarray(batch[name], self.dtype if kind.kind == "f" else kind)
 
 

@@ -10,6 +10,7 @@ case's `out` folder:
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import traceback
@@ -53,9 +54,11 @@ def _gradients(case: dict[str, Any], out: Path) -> None:
     import settings  # type: ignore[import-not-found]  # the emitted folder's, as all imports here
 
     settings.PRECISION = case["precision"]
+    import model  # type: ignore[import-not-found]
     import parallel  # type: ignore[import-not-found]
-    import step  # type: ignore[import-not-found]
     import weights  # type: ignore[import-not-found]
+
+    step = importlib.import_module("pipeline" if model.STAGES else "step")
 
     params = weights.load_weights(case["weights"])
     specs = parallel.batch_specs()

@@ -45,7 +45,7 @@ def emit(
             "programs hold one by one; load the file and give the arrays by name"
         )
     plan = replace(plan, model=for_torch(plan.model))
-    return write_program(plan, Path(folder), TEMPLATES, model_source(plan), weights)
+    return write_program(plan, Path(folder), [TEMPLATES], model_source(plan), weights)
 
 
 __all__ = ["emit"]

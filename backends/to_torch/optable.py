@@ -49,6 +49,12 @@ TEMPLATES: dict[str, Template] = {
     "log": _call("torch.log"),
     "sqrt": _call("torch.sqrt"),
     "rsqrt": _call("torch.rsqrt"),
+    "leaky_relu": Template("F.leaky_relu({0}, {slope})", role="pointwise"),
+    "elu": Template("F.elu({0}[, {alpha}])", role="pointwise", defaults={"alpha": 1.0}),
+    "expm1": _call("torch.expm1"),
+    "log1p": _call("torch.log1p"),
+    "stop_gradient": Template("{0}.detach()"),
+    "sort": Template("{0}.sort(-1).values"),
     "erf": _call("torch.erf"),
     "abs": _call("torch.abs"),
 }

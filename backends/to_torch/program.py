@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ...ir.graph import Value
 from ...ir.plan import Plan
 from ..emission.batch import batch_entry
 from ..emission.blocks import block_classes
+from ..emission.carried import carried_table
 from ..emission.counting import count_terms
 from ..emission.settings import ZERO_IN_WORDS
-from ..emission.target import LiveType, Target
+from ..emission.target import Target
 from ..emission.text import constant, imports
 from ..emission.wiring import Wiring
 from .blocks import write_class
@@ -64,11 +64,6 @@ def target_of(plan: Plan) -> Target:
 
 def _tables(plan: Plan, wiring: Wiring, blocks: list[str]) -> str:
     """BATCH, BLOCKS, STAGES, CARRIED and LOSS_TYPES."""
-    carried = []
-    for boundary in range(len(plan.stages) - 1):
-        items = [_carried(wiring, name) for name in wiring.carried(boundary)]
-        carried.append(f"    ({', '.join(items)},),")
-    listed = "\n".join(carried)
     types = wiring.types[plan.model.loss[0]]
     loss = dict(types.axes)
     kinds = {a: str(loss.get(a, "I")) for a in plan.type_axes}
@@ -86,8 +81,7 @@ def _tables(plan: Plan, wiring: Wiring, blocks: list[str]) -> str:
             "",
             f"STAGES = {_tuple([f'Stage{i}' for i in range(len(plan.stages))])}",
             "",
-            "# what stage i sends to the next: shapes for b sequences of s tokens, dtype, types",
-            f"CARRIED = (\n{listed}\n)" if listed else "CARRIED = ()",
+            *carried_table(wiring),
             "",
             "# how the loss that the last stage returns lies on the mesh",
             f"LOSS_TYPES = {loss_text}",
@@ -97,26 +91,6 @@ def _tables(plan: Plan, wiring: Wiring, blocks: list[str]) -> str:
 
 def _tuple(names: list[str]) -> str:
     return f"({', '.join(names)}{',' if len(names) == 1 else ''})"
-
-
-def _carried(wiring: Wiring, name: str) -> str:
-    value, types = wiring.values[name], wiring.types[name]
-    kinds = ", ".join(f'"{axis}": "{kind}"' for axis, kind in types)
-    shape = _shape(wiring.target, value, types)
-    return f'Carried("{name}", lambda b, s: {shape}, "{value.dtype}", {{{kinds}}})'
-
-
-def _shape(target: Target, value: Value, types: LiveType) -> str:
-    dims = []
-    for dim in target.local(value, types):
-        number, texts = 1, []
-        for size in dim:
-            number *= size.number or 1
-            if size.symbol:
-                texts.append(size.text({"b": "b", "s": "s"}))
-        texts += [str(number)] if number > 1 or not texts else []
-        dims.append(texts[0] if len(texts) == 1 else " * ".join(f"({t})" for t in texts))
-    return f"({', '.join(dims)}{',' if len(dims) == 1 else ''})"
 
 
 _GRADIENT_SUMS = {

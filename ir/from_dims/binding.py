@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from ..errors import InvalidInput
-from ..graph import Binding, Model
+from ..graph import SLOTS, Binding, Model
 from .dims import TransformerDims
-from .experts import SLOTS
 
 
 def expert_binding(model: Model | TransformerDims, binding: Binding) -> dict[str, int]:

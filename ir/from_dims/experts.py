@@ -8,13 +8,10 @@ one tensor, [experts, out, in], as in transformers from version 5.
 
 from __future__ import annotations
 
-from ..graph import Dims, Init
+from ..graph import SLOTS, Dims, Init
 from .dims import Experts, TransformerDims
 from .layers import INIT_STD, ZEROS, activation, linear, mlp, tokens_by
 from .sheet import Sheet, dims_of
-
-SLOTS = "c"
-"""Symbol of the slots of one expert for one sequence."""
 
 
 def mixture(sheet: Sheet, x: str, dims: TransformerDims, experts: Experts) -> str:

@@ -82,6 +82,8 @@ class Evaluation:
     def _leaf(self, source: Source) -> Any:
         if source.role == "parameter" or source.role == "activation":
             raise NoValue(source.name)
+        if source.role == "input" and source.name not in self.inputs:
+            raise NoValue(source.name)
         if source.role == "input":
             return self.inputs[source.name]
         if isinstance(source.value, jax.ShapeDtypeStruct):
@@ -118,6 +120,11 @@ def _agreeing(name: str, operands: list[Any]) -> list[Any]:
     return [jax.numpy.asarray(each) for each in operands] if name != "pjit" else operands
 
 
+def _like(value: Array, dtype: Any) -> Array:
+    """A given value in its source's dtype; floats stay float64."""
+    return value.astype(dtype) if np.issubdtype(dtype, np.integer) else value
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluations:
     """Makes evaluations of a flat program (`ir.lift.evaluate.Settings`)."""
@@ -130,13 +137,17 @@ class Evaluations:
         s: int = 7,
         seed: int = 0,
         substitute: Mapping[int, int] | None = None,
+        known: Mapping[Any, Array] | None = None,
         **inputs: Array,
     ) -> Evaluation:
         """An evaluation; inputs that are not given are drawn."""
         generator = np.random.default_rng(seed)
-        found = Evaluation({"b": b, "s": s}, {}, dict(substitute or {}))
+        found = Evaluation({"b": b, "s": s}, {}, dict(substitute or {}), {})
+        found.values.update((at, _like(value, at.dtype)) for at, value in (known or {}).items())
         drawn: dict[str, Array] = {}
         for source in self.inputs:
+            if jax.numpy.issubdtype(source.dtype, jax.dtypes.prng_key):
+                continue  # numbers that are drawn have no values here
             shape = found._sized(source.shape)
             kind = np.dtype(source.dtype).kind if not _narrow(source.dtype) else "f"
             if kind == "b" or "mask" in source.name:

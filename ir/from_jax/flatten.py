@@ -91,19 +91,22 @@ class Flat:
         return node.results
 
 
-def flatten(closed: Any, arguments: Sequence[Source], whole: bool) -> tuple[Flat, list[Source]]:
+def flatten(
+    closed: Any, arguments: Sequence[Source], whole: bool, through: bool = True
+) -> tuple[Flat, list[Source]]:
     """The flat program of a closed jaxpr, and its results.
 
-    `whole`: scans over layers are written out in full. Raises UnsupportedOp for a loop whose number
+    `whole`: scans over layers are written out in full. `through`: functions with derivatives of
+    their own are seen through, else they are one node. Raises UnsupportedOp for a loop whose number
     of iterations is not known.
     """
-    walk = _Walk(whole)
+    walk = _Walk(whole, through)
     return walk.flat, walk.closed(closed, arguments, "")
 
 
 class _Walk:
-    def __init__(self, whole: bool) -> None:
-        self.whole = whole
+    def __init__(self, whole: bool, through: bool) -> None:
+        self.whole, self.through = whole, through
         self.flat = Flat()
         self.calls: list[Any] = []  # where the calls that we are in were made
 
@@ -133,7 +136,7 @@ class _Walk:
         name = eqn.primitive.name
         self.calls.append(eqn.source_info)
         try:
-            if name in _CALLS:
+            if name in _CALLS and (self.through or not name.startswith("custom_vjp")):
                 return self.closed(eqn.params[_CALLS[name]], operands, scope)
             if name == "scan":
                 return self.scan(eqn, operands, scope)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import UnsupportedOp
+from ..graph import SLOTS
 from ..lift.draft import Draft, Wire
 from ..optable import TABLE as KINDS
 from .annotate import pin_of_name, pin_of_sharding
@@ -94,7 +95,9 @@ class _Builder:
         if name in ALIASES or (name == "stop_gradient" and not call.carried):
             return call.wires if len(call.node.results) > 1 else call.wires[0]
         if name == "stop_gradient":
-            return call.add(name, call.wires, call.dims(), call.dtype())
+            made = call.add(name, call.wires, call.dims(), call.dtype())
+            made.grad = False
+            return made
         if name == "name":
             return self._pinned(call, pin_of_name(str(call.params["name"])))
         if name == "sharding_constraint":
@@ -132,7 +135,7 @@ def check(draft: Draft) -> None:
             )
         for wire in op.results:
             for size in (n for dim in wire.dims for n in dim):
-                if isinstance(size, str) and size not in ("b", "s"):
+                if isinstance(size, str) and size not in ("b", "s", SLOTS):
                     raise UnsupportedOp(
                         f"op {op.kind} {where}: a result has a dim of size {size}; sizes must be "
                         "numbers, the batch b or the sequence s"

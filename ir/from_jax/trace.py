@@ -97,6 +97,7 @@ class _Traced:
             self.dtype = _commonest(stored)
             given, _, _, inner = named_inputs(function, example_inputs)
             shapes = structs(given, floating)
+            _check_batch(shapes)
             self.closed, self.shapes = _jaxpr(function, stored, structure, shapes, inner, name)
 
     def model(self, whole: bool) -> Model:
@@ -162,6 +163,8 @@ def _reason(error: Exception) -> str:
     kind = type(error).__name__
     if "Concretization" in kind or "TracerBool" in kind or "TracerInteger" in kind:
         return f"its control flow depends on the values of arrays ({kind}); use jax.lax.cond"
+    if "TracerArrayConversion" in kind:
+        return f"it makes a traced array into one of numpy ({kind}); use jax.numpy"
     if "InconclusiveDimension" in kind:
         return f"a number in it depends on the batch or sequence size ({lines[0][:160]})"
     return f"{kind}: {lines[0][:240] if lines else ''}"
@@ -182,6 +185,23 @@ def _symbolic(
             shape[1] = s
         found[name] = jax.ShapeDtypeStruct(tuple(shape), struct.dtype)
     return found
+
+
+def _check_batch(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """Raises InvalidInput where no input has a batch dim, or inputs disagree on its size."""
+    given = {n: s.shape for n, s in shapes.items() if s.shape and not _is_key(s)}
+    if shapes and not given:
+        raise InvalidInput(
+            f"example inputs {', '.join(shapes)}: none has a batch dim; dim 0 of an array is the "
+            "batch"
+        )
+    first = next(iter(given), "")
+    for name, shape in given.items():
+        if shape[0] != given[first][0]:
+            raise InvalidInput(
+                f"example inputs {first} {list(given[first])} and {name} {list(shape)}: dim 0 is "
+                "the batch, so it must be of one size"
+            )
 
 
 def _is_key(struct: jax.ShapeDtypeStruct) -> bool:

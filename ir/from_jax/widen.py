@@ -19,7 +19,8 @@ def widen(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with float64 wherever it asks for float32; call it with float64 arguments, with
     64 bits enabled in JAX. It can be differentiated and jitted.
 
-    Scans over layers are written out, so this is for small models.
+    Functions with a gradient of their own (`custom_vjp`) keep it, and the casts in them. Scans over
+    layers are written out, so this is for small models.
     """
 
     def widened(*arguments: Any) -> Any:
@@ -27,7 +28,7 @@ def widen(function: Callable[..., Any]) -> Callable[..., Any]:
         leaves = jax.tree.leaves(arguments)
         sources = [Source(tuple(np.shape(x)), x.dtype, "parameter", str(i))
                    for i, x in enumerate(leaves)]  # fmt: skip
-        flat, results = flatten(closed, sources, whole=True)
+        flat, results = flatten(closed, sources, whole=True, through=False)
         known: dict[Source, Any] = dict(zip(sources, leaves, strict=True))
 
         def value(source: Source) -> Any:
@@ -43,6 +44,7 @@ def widen(function: Callable[..., Any]) -> Callable[..., Any]:
                 made = [jax.numpy.stack(operands)]
             else:
                 params = {name: _wide_dtype(each) for name, each in node.params.items()}
+                params = node.primitive.get_bind_params(params)
                 made = node.primitive.bind(*operands, **params)
                 made = made if node.primitive.multiple_results else [made]
             known.update(zip(node.results, made, strict=True))

@@ -106,6 +106,7 @@ class Evaluations:
         s: int = 7,
         seed: int = 0,
         substitute: Mapping[int, int] | None = None,
+        known: Mapping[Any, Array] | None = None,
         **inputs: Array,
     ) -> Evaluation:
         """An evaluation; inputs that are not given are drawn."""
@@ -123,7 +124,8 @@ class Evaluations:
             else:
                 value = torch.randint(1, 5, shape, generator=generator).to(traced.dtype)
             drawn[name] = inputs.get(name, value.numpy())
-        return Evaluation(self.exported, sizes, drawn, dict(substitute or {}))
+        values = {node: torch.from_numpy(value) for node, value in (known or {}).items()}
+        return Evaluation(self.exported, sizes, drawn, dict(substitute or {}), values)
 
     def constants(self, source: fx.Node) -> set[int]:
         """Integers > 1 that take part in the arithmetic which a node depends on."""

@@ -113,7 +113,7 @@ def _loss_names(loss: Callable[..., Any]) -> list[str]:
 def _sequence_inputs(inputs: Mapping[str, Tensor]) -> frozenset[str]:
     """Inputs whose dim 1 is the sequence: token ids [b, s], features [b, s, h], and what agrees."""
     lengths = [t.shape[1] for t in inputs.values() if t.dim() >= 2 and not t.is_floating_point()]
-    lengths = lengths or [t.shape[1] for t in inputs.values() if t.dim() >= 3]
+    lengths = lengths or [t.shape[1] for t in inputs.values() if t.dim() == 3]
     if not lengths:
         return frozenset()
     return frozenset(n for n, t in inputs.items() if t.dim() >= 2 and t.shape[1] == lengths[0])

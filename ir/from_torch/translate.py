@@ -10,6 +10,7 @@ from typing import Any
 
 from ..lift.dims import elements
 from ..lift.draft import Wire
+from ..lift.patches import patches
 from ..rule import Size
 from .call import Call
 
@@ -58,6 +59,41 @@ def _linear(call: Call) -> Made:
     x, bias = call.wire("input"), call.optional("bias")
     y = call.add("linear", [x, call.wire("weight")], call.dims(x))
     return y if bias is None else call.add("add", [y, bias], y.dims)
+
+
+def _convolution(call: Call) -> Made:
+    """One whose windows do not overlap: patches, and a linear layer on each."""
+    x, w, bias = call.wire("input"), call.wire("weight"), call.optional("bias")
+    window = [elements(dim) for dim in w.dims[2:]]
+    spatial = len(window)
+
+    def each(name: str) -> list[Any]:
+        value = call.args[name]
+        return list(value) * (spatial if len(value) == 1 else 1) if _many(value) else [value]
+
+    plain = (
+        w.role == "parameter"
+        and x.rank == w.rank
+        and each("stride") == window
+        and (call.args["padding"] == "valid" or not any(each("padding")))
+        and all(n == 1 for n in each("dilation"))
+        and call.args["groups"] == 1
+    )
+    if not plain:
+        return call.opaque()
+    dims, last = call.dims(x, w), [0, *range(2, w.rank), 1]
+    kernel = call.permute(w, [*range(2, w.rank), 1, 0])
+    made = patches(call, call.permute(x, last), kernel, tuple(dims[d] for d in last))
+    if made is None:
+        return call.opaque()
+    made = call.permute(made, [last.index(i) for i in range(w.rank)])
+    if bias is None:
+        return made
+    return call.add("add", [made, call.reshape(bias, (bias.dims[0], *[()] * spatial))], dims)
+
+
+def _many(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
 
 
 def _addmm(call: Call) -> Made:
@@ -241,6 +277,42 @@ def _softmax(call: Call) -> Made:
     return call.permute(result, [order.index(i) for i in range(x.rank)])
 
 
+def _last(call: Call) -> Made:
+    """cumsum and sort along any dim: brought last, and back."""
+    x, dim = call.wire("self"), call.args["dim"] % call.wire("self").rank
+    if call.args.get("descending"):
+        return call.opaque()
+    order = [*(i for i in range(x.rank) if i != dim), dim]
+    made = call.add(call.name, [call.permute(x, order)], tuple(x.dims[d] for d in order))
+    return call.permute(made, [order.index(i) for i in range(x.rank)])
+
+
+def _leaky_relu(call: Call) -> Made:
+    x = call.wire("self")
+    return call.add("leaky_relu", [x], x.dims, slope=call.args["negative_slope"])
+
+
+_SELU = (1.0507009873554804934193349852946, 1.6732632423543772848170429916717)
+"""Scale and alpha (Klambauer et al., arXiv:1706.02515, equation 14)."""
+
+
+def _elu(call: Call) -> Made:
+    """elu, and what is one with factors: celu is alpha * elu(x / alpha), selu a scaled elu."""
+    x = call.wire("self")
+    inner, outer, alpha = 1.0, 1.0, 1.0
+    if call.name == "selu":
+        outer, alpha = _SELU
+    elif call.name == "celu":
+        outer = float(call.args["alpha"])
+        inner = 1 / outer
+    else:
+        inner, outer, alpha = (float(call.args[n]) for n in ("input_scale", "scale", "alpha"))
+    if inner != 1:
+        x = call.add("scale", [x], x.dims, factor=inner)
+    x = call.add("elu", [x], x.dims, alpha=alpha)
+    return x if outer == 1 else call.add("scale", [x], x.dims, factor=outer)
+
+
 def _softplus(call: Call) -> Made:
     if call.args["beta"] != 1:
         return call.opaque()
@@ -291,7 +363,11 @@ def _einsum(call: Call) -> Made:
 def _detach(call: Call) -> Made:
     """Nothing, for what has no gradient."""
     x = call.tensors()[0]
-    return call.opaque() if x.carried else x
+    if not x.carried:
+        return x
+    made = call.add("stop_gradient", [x], x.dims)
+    made.grad = False
+    return made
 
 
 def _where(call: Call) -> Made:
@@ -311,6 +387,7 @@ HANDLERS: dict[str, Callable[[Call], Made]] = {
     **dict.fromkeys(("add", "sub", "mul", "div", "rsub"), _binary),
     **dict.fromkeys(("pow", "square"), _power),
     "linear": _linear,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
     "addmm": _addmm,
     **dict.fromkeys(("matmul", "mm", "bmm"), _matmul),
     **dict.fromkeys(
@@ -327,6 +404,9 @@ HANDLERS: dict[str, Callable[[Call], Made]] = {
     **dict.fromkeys(("sum", "mean"), _reduce),
     **dict.fromkeys(("softmax", "_softmax", "log_softmax", "_log_softmax"), _softmax),
     "softplus": _softplus,
+    "cumsum": _last,
+    "leaky_relu": _leaky_relu,
+    **dict.fromkeys(("elu", "celu", "selu"), _elu),
     "detach": _detach,
     "einsum": _einsum,
     "where": _where,

@@ -118,6 +118,8 @@ class Draft:
                 "cast", [result], result.dims, dtype=op.result.dtype,
                 attributes={"to": op.result.dtype}, module=op.module, before=op,
             ).result  # fmt: skip
+        if result.carried and result.source is None:
+            result.source = op.result.source
         self.redirect(op.result, result)
 
     def readers(self, wire: Wire) -> list[Op]:

@@ -36,7 +36,8 @@ class Evaluation(Protocol):
 class Settings(Protocol):
     """A maker of evaluations. Inputs that are not given are drawn: small non-negative integers,
     ones for masks. `substitute` replaces integer constants of arithmetic: a sliding window of 4096
-    shows its form at 4."""
+    shows its form at 4. `known` are values of sources that are not computed: what experts a router
+    has chosen."""
 
     def __call__(
         self,
@@ -44,6 +45,7 @@ class Settings(Protocol):
         s: int = 7,
         seed: int = 0,
         substitute: Mapping[int, int] | None = None,
+        known: Mapping[Any, Array] | None = None,
         **inputs: Array,
     ) -> Evaluation: ...
 

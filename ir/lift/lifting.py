@@ -9,6 +9,7 @@ from .draft import Draft
 from .evaluate import Settings
 from .layer_norm import lift_layer_norm
 from .loss import lift_loss
+from .mixture import lift_mixtures
 from .pointwise import lift_activations, lift_dropout, lift_rms_norm, lift_softplus
 from .rotary import lift_rotary
 from .softmax import lift_means, lift_one_hot, lift_softmax
@@ -25,6 +26,7 @@ def lift(draft: Draft, make: Settings) -> None:
     lift_dropout(draft)
     lift_means(draft, make)
     lift_softmax(draft)
+    lift_mixtures(draft, make)
     lift_one_hot(draft, make)
     lift_token_loss(draft, make)
     lift_loss(draft, make)

@@ -71,7 +71,8 @@ def classify(
 
     def allowed(seed: int, **given: Array) -> Array:
         try:
-            value = make(b=2, s=size, seed=seed, substitute=standins, **given)(mask.source)
+            evaluation = make(b=2, s=size, seed=seed, substitute=standins, known=None, **given)
+            value = evaluation(mask.source)
         except NoValue:
             raise UnsupportedOp(f"{where}: its mask cannot be evaluated; {_SUPPORTED}") from None
         value = value if arrange is None else arrange(value)

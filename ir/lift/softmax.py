@@ -83,7 +83,12 @@ def lift_softmax(draft: Draft) -> None:
 
 
 def _stand_in(draft: Draft, op: Op, kind: str, x: Wire) -> None:
-    made = draft.add(kind, [x], x.dims, dtype=x.dtype, module=op.module, before=op)
+    dtype = op.result.dtype
+    if dtype != x.dtype:  # computed wider than its operand
+        x = draft.add(
+            "cast", [x], x.dims, dtype=dtype, attributes={"to": dtype}, module=op.module, before=op
+        ).result
+    made = draft.add(kind, [x], x.dims, dtype=dtype, module=op.module, before=op)
     draft.stand_in(op, made.result)
 
 

@@ -115,7 +115,7 @@ def _ignored(mask: Wire, count: Wire, inverted: bool, make: Settings) -> int | N
         plain = make(b=2, s=9)
         given = np.array(plain.inputs[labels.name])
         given.reshape(-1)[::3] = ignore
-        evaluation = make(2, 9, 0, None, **{labels.name: given})
+        evaluation = make(2, 9, 0, None, None, **{labels.name: given})
         try:
             have, number = evaluation(mask.source), float(evaluation(count.source))
         except NoValue:

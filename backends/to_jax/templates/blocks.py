@@ -156,6 +156,7 @@ def _recomputed(f: Callable[..., Any], mode: Recompute, scanned: bool = False) -
         return jax.checkpoint(f, prevent_cse=not scanned)
     if mode == "selective":
         return jax.checkpoint(f, prevent_cse=not scanned, policy=_selective)
-    if settings.ZERO == 3 and SHARES and scanned:
-        return jax.checkpoint(f, prevent_cse=False, policy=_but_parameters)
+    gathered = settings.ZERO == 3 and SHARES and scanned
+    if gathered or settings.MESH["pp"] > 1:  # other microbatches come in between
+        return jax.checkpoint(f, prevent_cse=not scanned, policy=_but_parameters)
     return f

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import model
 from jax import Array
 from layout import Stored
 from mesh import wide_dtype
-from parallel import arrays, parameter_specs, sharding
+from parallel import arrays, made_here, shapes
 
 
-def initialise(seed: int) -> dict[str, Array]:
-    """The parameters of the program, on the mesh; what a parameter starts with depends on the seed
-    and on its name."""
-    lies = {key: sharding(spec) for key, spec in parameter_specs().items()}
-    return jax.jit(_all, out_shardings=lies)(jax.random.key(seed))
+def initialise(seed: int) -> Any:
+    """The parameters of the program, on the mesh, as `shapes` says; what a parameter starts with
+    depends on the seed and on its name."""
+    whole = shapes()
+    return [_on_part(part, seed) for part in whole] if model.STAGES else _on_part(whole, seed)
 
 
-def _all(key: Array) -> dict[str, Array]:
-    return {name: _first(key, array) for name, array in arrays().items()}
+def _on_part(like: dict[str, jax.ShapeDtypeStruct], seed: int) -> dict[str, Array]:
+    """The parameters of the program, or of one of its stages."""
+
+    def first(key: Array) -> dict[str, Array]:
+        return {name: _first(key, arrays()[name]) for name in like}
+
+    return made_here(first, like, jax.random.key(seed))
 
 
 def _first(key: Array, array: Stored) -> Array:

@@ -116,5 +116,5 @@ def stored(
             axes.append(tuple(a for a, at in places.items() if at == (dim, part)))
     local = [size // prod(mesh[a] for a in over) for size, over in zip(shape, axes, strict=True)]
     free = [i for i, size in enumerate(local) if size % mesh["dp"] == 0 and (i or not stacked)]
-    shared = max(free, key=lambda i: (local[i], -i)) if zero and free else None
+    shared = free[0] if zero and free else None  # parts of the first dim lie together in memory
     return Stored(names, parameter, stacked, tuple(shape), tuple(axes), tuple(dims), shared)

@@ -37,6 +37,22 @@ def mesh() -> Mesh:
     return Mesh(devices.reshape(sizes), names, axis_types=(AxisType.Auto,) * len(names))
 
 
+@functools.cache
+def stage_mesh(*ranks: int) -> Mesh:
+    """The devices of one coordinate of `pp`, without that axis; of several, with it."""
+    inner = tuple(name for name in AXES if name != "pp")
+    names, sizes = inner or ("dp",), [settings.MESH[name] for name in inner] or [1]
+    if len(ranks) > 1:
+        names, sizes = ("pp", *inner), [len(ranks), *(settings.MESH[name] for name in inner)]
+    devices = mesh().devices[list(ranks)].reshape(sizes)
+    return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def is_here(rank: int) -> bool:
+    """Whether this process has devices of a coordinate of `pp`."""
+    return any(d.process_index == jax.process_index() for d in stage_mesh(rank).devices.flat)
+
+
 # --- dtypes --------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import jax
 import model
@@ -12,8 +15,11 @@ from blocks import Lies, Params
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from layout import Stored, path_in, renamed, stored
-from mesh import AXES, SHARES, mesh, wide_dtype
+from mesh import AXES, SHARES, mesh, stage_mesh, wide_dtype
 from parameters import PARAMETERS
+
+IN_ONE = "pp" in AXES and not model.STAGES
+"""Whether one program has all stages of a pipeline, and so takes all microbatches at once."""
 
 
 @functools.cache
@@ -30,10 +36,22 @@ def arrays() -> dict[str, Stored]:
     stacks = set(keys)
     taken = {name for names in keys.values() for name in names}
     keys |= {name: (name,) for name in PARAMETERS if name not in taken}
-    return {
+    found = {
         key: stored(names, PARAMETERS[names[0]], key in stacks, settings.MESH, SHARES)
         for key, names in keys.items()
     }
+    if not IN_ONE:
+        return found
+    return {
+        key: replace(array, axes=(("pp",), *array.axes[1:])) if _is_pipelined(array) else array
+        for key, array in found.items()
+    }
+
+
+def _is_pipelined(array: Stored) -> bool:
+    """Whether the layers of a stack are split along pp."""
+    first = model.STACKS[model.PIPELINED][0]
+    return array.stacked and path_in(first, array.names[0]) is not None
 
 
 def spec(key: str, zero: bool) -> PartitionSpec:
@@ -60,21 +78,53 @@ def batch_specs() -> dict[str, PartitionSpec]:
     }
 
 
-def sharding(spec: PartitionSpec) -> NamedSharding:
-    """On the mesh of this program."""
-    return NamedSharding(mesh(), spec)
+def sharding(spec: PartitionSpec, stage: int | None = None) -> NamedSharding:
+    """On the mesh of this program, or on the part of it that has a stage."""
+    where = mesh() if stage is None else stage_mesh(stage % settings.MESH["pp"])
+    return NamedSharding(where, spec)
 
 
-def shape_of(key: str) -> jax.ShapeDtypeStruct:
+def shape_of(key: str, stage: int | None = None) -> jax.ShapeDtypeStruct:
     """A parameter as it is stored: shape, dtype and sharding."""
-    lies = sharding(parameter_specs()[key])
+    lies = sharding(parameter_specs()[key], stage)
     return jax.ShapeDtypeStruct(arrays()[key].shape, wide_dtype(), sharding=lies)
 
 
-def by_name(values: dict[str, Array]) -> dict[str, np.ndarray]:
+def shapes() -> Any:
+    """The parameters by key; where stages are programs of their own, a list with those of each."""
+    if not model.STAGES:
+        return {key: shape_of(key) for key in arrays()}
+    return [
+        {key: shape_of(key, i) for key, a in arrays().items() if i in a.parameter.stages}
+        for i in range(len(model.STAGES))
+    ]
+
+
+def made_here(make: Callable[..., Any], like: Any, *given: Any) -> Any:
+    """What a function makes of its arguments, compiled, laid out as `like` says; where this process
+    has none of its devices, arrays of which it holds nothing."""
+    lies = jax.tree.map(lambda array: array.sharding, like)
+    if all(each.addressable_devices for each in jax.tree.leaves(lies)):
+        return jax.jit(make, out_shardings=lies)(*given)
+    return jax.tree.map(
+        lambda array: jax.make_array_from_single_device_arrays(
+            array.shape, array.sharding, [], dtype=array.dtype
+        ),
+        like,
+    )
+
+
+def flat(values: Any) -> dict[str, Array]:
+    """All by key: of what several stages hold, the first one's."""
+    if not model.STAGES:
+        return dict(values)
+    return {key: value for part in reversed(values) for key, value in part.items()}
+
+
+def by_name(values: Any) -> dict[str, np.ndarray]:
     """Arrays of the program as whole parameters under the model's own names, on the host."""
     found = {}
-    for key, value in values.items():
+    for key, value in flat(values).items():
         array = arrays()[key]
         whole = np.asarray(value).reshape(len(array.names), *array.parameter.shape)
         found |= dict(zip(array.names, whole, strict=True))

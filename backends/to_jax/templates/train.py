@@ -64,11 +64,13 @@ def main() -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Trains to the last step."""
-    import checkpoint
-    import step
+    import model
     from initial import initialise
     from weights import load_weights
 
+    import checkpoint
+
+    step = importlib.import_module("pipeline" if model.STAGES else "step")
     adam = step.Adam(
         lambda count: learning_rate(count, args), tuple(args.betas), args.weight_decay, args.clip
     )
@@ -78,8 +80,9 @@ def train(args: argparse.Namespace) -> None:
     else:
         params = initialise(args.seed)
     state = step.create_state(adam, params)
-    if args.resume:
-        params, state, progress = checkpoint.resume(args.resume, params, state)
+    here = Path(__file__).parent
+    if args.resume or (here / checkpoint.reads.FILE).exists():
+        params, state, progress = checkpoint.resume(args.resume or here, params, state)
     kept = checkpoint.manager(args.save) if args.save else None
     samples = find(args.data)
     train_step = step.train_step(adam)

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.tree_util import tree_map_with_path
 from layout import Stored
 from mesh import wide_dtype
-from parallel import arrays, shape_of
+from parallel import arrays, shapes
 from parameters import PARAMETERS
 from safetensors import safe_open
 
@@ -53,18 +54,18 @@ class Source:
         return base, (slice(layer, layer + 1),)
 
 
-def load_weights(path: str | Path) -> dict[str, Array]:
-    """The parameters of the program, on the mesh."""
+def load_weights(path: str | Path) -> Any:
+    """The parameters of the program, on the mesh, as `shapes` says."""
     source = Source(path)
     missing = [name for name in PARAMETERS if source.place(name)[0] not in source.files]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise SystemExit(f"weights {path}: {', '.join(missing[:5])}{more} missing")
-    return {key: _array(source, key, array) for key, array in arrays().items()}
+    return tree_map_with_path(lambda path, like: _array(source, path[-1].key, like), shapes())
 
 
-def _array(source: Source, key: str, array: Stored) -> Array:
-    like = shape_of(key)
+def _array(source: Source, key: str, like: jax.ShapeDtypeStruct) -> Array:
+    array = arrays()[key]
 
     def piece(index: tuple[slice, ...]) -> np.ndarray:
         layers = index[0] if array.stacked else slice(0, 1)
@@ -72,7 +73,7 @@ def _array(source: Source, key: str, array: Stored) -> Array:
         read = [_part(source, name, array, inner) for name in array.names[layers]]
         return np.stack(read) if array.stacked else read[0]
 
-    return jax.make_array_from_callback(like.shape, like.sharding, piece)
+    return jax.make_array_from_callback(like.shape, like.sharding, piece, dtype=like.dtype)
 
 
 def _part(source: Source, name: str, array: Stored, index: tuple[slice, ...]) -> np.ndarray:

@@ -11,10 +11,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import reads
+import settings
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -47,6 +50,7 @@ class Boxes(Tensor):
     hold only one).
     """
 
+    of: str
     here: Tensor
     boxes: dict[torch.Size, Rectangle]
 
@@ -57,9 +61,13 @@ class Boxes(Tensor):
         )
 
     def __init__(self, name: str, here: Tensor, boxes: list[Rectangle] | None = None) -> None:
-        self.here = here
+        self.of, self.here = name, here
         held = rectangles(name) if boxes is None else boxes
         self.boxes = {torch.Size(box.full): box for box in held}
+
+    def holding(self, here: Tensor) -> Boxes:
+        """The same boxes, in another piece of memory."""
+        return Boxes(self.of, here, list(self.boxes.values()))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -106,16 +114,27 @@ def state(stage: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> d
 def save(
     folder: str | Path, stage: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
 ) -> Path:
-    """Writes `FOLDER/step-N`; it appears under that name only when it is whole."""
+    """Writes `FOLDER/step-N` and returns it. `saving.py` does so beside training."""
+    return write(folder, state(stage, optimizer), progress)
+
+
+def write(
+    folder: str | Path,
+    held: Mapping[str, Any],
+    progress: Progress,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Writes what all ranks hold as `FOLDER/step-N`; it appears under that name only when it is
+    whole. `group`: of all ranks, the default one if not given."""
     final = Path(folder) / f"step-{progress.step:08d}"
     partial = final.with_suffix(".partial")
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    dist.barrier()
-    saved = state(stage, optimizer)
-    saved |= {f"train.{k}": torch.tensor(v) for k, v in vars(progress).items()}
-    dcp.save(saved, checkpoint_id=partial)  # returns when all ranks have written, and the index too
+    dist.barrier(group)
+    numbers = {f"train.{k}": torch.tensor(v) for k, v in vars(progress).items()}
+    # returns when all ranks have written, and the index too
+    dcp.save({**held, **numbers}, checkpoint_id=partial, process_group=group)
     if dist.get_rank() == 0:
         old = final.with_suffix(".old")
         if final.exists():
@@ -125,7 +144,7 @@ def save(
         shutil.rmtree(old, ignore_errors=True)
         for earlier in _whole(final.parent)[:-KEPT]:
             shutil.rmtree(earlier)
-    dist.barrier()
+    dist.barrier(group)
     return final
 
 
@@ -161,18 +180,50 @@ def newest(folder: str | Path) -> Path:
 def resume(
     folder: str | Path, stage: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> Progress:
-    """Loads weights, progress and, if given, the optimizer's state, whatever layout saved them."""
+    """Loads weights, progress and, if given, the optimizer's state, whatever layout saved them.
+
+    The folder holds checkpoints of such programs, or a list of reads from one of any format.
+    """
     if optimizer is not None:
         create_state(optimizer)
-    loaded = state(stage, optimizer)
-    numbers = {field.name: torch.tensor(0) for field in fields(Progress)}
-    loaded |= {f"train.{name}": number for name, number in numbers.items()}
-    dcp.load(loaded, checkpoint_id=newest(folder))
-    progress = Progress(**{name: int(number) for name, number in numbers.items()})
+    if (Path(folder) / reads.FILE).exists():
+        progress = _follow(Path(folder), stage, optimizer)
+    else:
+        loaded = state(stage, optimizer)
+        numbers = {field.name: torch.tensor(0) for field in fields(Progress)}
+        loaded |= {f"train.{name}": number for name, number in numbers.items()}
+        dcp.load(loaded, checkpoint_id=newest(folder))
+        progress = Progress(**{name: int(number) for name, number in numbers.items()})
     if optimizer is not None:
         for entry in optimizer.state.values():
             entry["step"].fill_(progress.step)
     return progress
+
+
+@torch.no_grad()
+def _follow(folder: Path, stage: nn.Module, optimizer: torch.optim.Optimizer | None) -> Progress:
+    """Fills this rank's shards as a list of reads says; moments that it has not stay 0."""
+    parameters = dict(stage.named_parameters())
+    source = reads.Reads(folder, parameters)
+    for name, parameter in parameters.items():
+        tensors = {"weight": shard(parameter)}
+        if optimizer is not None and parameter in optimizer.state:
+            moments = source.states(name) & {"exp_avg", "exp_avg_sq"}
+            tensors |= {key: shard(optimizer.state[parameter][key]) for key in moments}
+        for key, here in tensors.items():
+            for box in rectangles(name):
+                found, dtype = source.read(name, key, box.full, box.sizes)
+                values = torch.from_numpy(found).view(_DTYPES[dtype])
+                here[box.in_local()].copy_(values)
+    step = int(source.head["step"] or 0)
+    known = {key.removeprefix("train."): int(n) for key, n in source.head["train"].items()}
+    return Progress(**{"step": step, "samples": step * settings.GLOBAL_BATCH, **known})
+
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 
 
 def create_state(optimizer: torch.optim.Optimizer) -> None:

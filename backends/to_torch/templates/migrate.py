@@ -41,10 +41,11 @@ import settings
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from checkpoint import Boxes, Progress, create_state, newest
 from parallel import Rectangle, rectangles, shard
 from parameters import PARAMETERS
 from torch import Tensor, nn
+
+from checkpoint import Boxes, Progress, create_state, newest
 
 ROUND_BYTES = 1 << 28  # a device sends and receives about this much at a time
 PATIENCE_S = 3600.0  # that a run waits for the program to go on with

@@ -20,15 +20,18 @@ from typing import Any
 import migrate
 import model
 import parallel
+import reads
 import settings
 import torch
 import torch.distributed as dist
-from checkpoint import Progress, resume, save
 from initial import initialise
+from saving import Saver
 from step import Step, clip_gradients
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from weights import load_weights
+
+from checkpoint import Progress, resume
 
 
 def arguments() -> argparse.Namespace:
@@ -49,7 +52,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, help="start from these plain weights")
     parser.add_argument("--save", type=Path, help="folder for checkpoints")
     parser.add_argument("--save-every", type=int, default=0, help="steps; 0: only at the end")
-    parser.add_argument("--resume", type=Path, help="a checkpoint, or a folder of them")
+    parser.add_argument(
+        "--resume", type=Path, help="a checkpoint, a folder of them, or of reads.jsonl"
+    )
     parser.add_argument(
         "--next", type=Path, help="folder of programs to go on with when ranks are lost: migrate.py"
     )
@@ -90,8 +95,8 @@ def train(args: argparse.Namespace, moved: migrate.Held | None = None) -> migrat
     if moved is not None:
         here = Path(__file__).resolve().parent
         progress = migrate.place(moved, here, stage, optimizer, args.save or args.resume)
-    elif args.resume:
-        progress = resume(args.resume, stage, optimizer)
+    elif args.resume or (Path(__file__).parent / reads.FILE).exists():
+        progress = resume(args.resume or Path(__file__).parent, stage, optimizer)
     elif args.weights or settings.WEIGHTS:
         load_weights(stage, args.weights or Path(__file__).parent / settings.WEIGHTS)
     else:
@@ -104,6 +109,7 @@ def train(args: argparse.Namespace, moved: migrate.Held | None = None) -> migrat
         saved = migrate.held(parameters, optimizer, progress)
     samples = find(args.data)
     step = Step(stage)
+    saver = Saver(args.save) if args.save else None
     log = Log(args)
     if args.next:
         parallel.wait_at_most(args.lost_after)
@@ -120,16 +126,21 @@ def train(args: argparse.Namespace, moved: migrate.Held | None = None) -> migrat
         rate = learning_rate(progress.step, args)
         for group in optimizer.param_groups:
             group["lr"] = rate
+        if saver is not None:
+            saver.before_update()
         optimizer.step()
         optimizer.zero_grad()
         progress.step += 1
         progress.samples += settings.GLOBAL_BATCH
         log(progress.step, loss, norm, rate)
         due = args.save_every and progress.step % args.save_every == 0
-        if args.save and (due or progress.step == args.steps):
-            save(args.save, stage, optimizer, progress)
-            if args.next:
+        if saver is not None and (due or progress.step == args.steps):
+            saver.save(stage, optimizer, progress)
+            if args.next:  # what a run goes back to is on disk, and in host memory
+                saver.wait()
                 saved = migrate.held(parameters, optimizer, progress)
+    if saver is not None:
+        saver.wait()
     return None
 
 

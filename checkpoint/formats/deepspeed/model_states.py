@@ -1,0 +1,133 @@
+"""The model states of DeepSpeed's ranks, laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from ...contents import (
+    BUFFER,
+    MASTER,
+    WEIGHT,
+    Key,
+)
+from ...pickles import (
+    Ordered,
+    Size,
+    Tensor,
+    decode,
+    hole,
+)
+from ...placement import shard_of, shard_shape
+from .flat import partition_elements, partitions
+from .planning import (
+    Files,
+    Place,
+    Plan,
+    flat_groups,
+    place_of,
+)
+
+
+def model_files(plan: Plan, rank: int, files: Files) -> None:
+    """The model states of a tensor rank."""
+    at = {"tp": rank}
+    flat, _ = flat_groups(plan, rank)
+    shapes = [Ordered({name: Size(plan.shape(name, rank)) for name in group}) for group in flat]
+    buffers = plan.buffers
+    frozen = [
+        name
+        for state, name in plan.wants
+        if state == WEIGHT and (MASTER, name) not in plan.wants and name not in buffers
+    ]
+    shared = {
+        alias: name
+        for alias, name in plan.job.others.get("shared_params", {}).items()
+        if (MASTER, name) in plan.wants and (WEIGHT, alias) not in plan.wants
+    }
+    sharded = plan.stage == 3
+    for data_rank in range(plan.data_ranks if sharded else 1):
+        module = Ordered()
+        places: list[Place] = []
+        for name in (*plan.order, *frozen):
+            key = (WEIGHT, name)
+            if sharded or key not in plan.wants:
+                dtype = plan.wants[key].dtype if key in plan.wants else "F32"
+                module[name] = hole(dtype, (0,))
+                continue
+            module[name] = _whole(plan, key, at, places)
+        for name in buffers:
+            key = (BUFFER, name) if (BUFFER, name) in plan.wants else (WEIGHT, name)
+            module[name] = _whole(plan, key, at, places)
+        for alias, name in shared.items():
+            module[alias] = module[name]
+        module.attributes = {"_metadata": Ordered()}
+        fragments: Any = Ordered()
+        for name in frozen:
+            key = (WEIGHT, name)
+            if sharded:
+                local = shard_shape(plan.wants[key], plan.mesh, at)
+                fragments[name] = hole(
+                    plan.wants[key].dtype, (partition_elements(local, plan.data_ranks),)
+                )
+                pieces = partitions(
+                    {name: local}, data_rank, plan.data_ranks, [fragments[name].numel]
+                )
+                places += [place_of(plan, key, at, fragments[name], piece) for piece in pieces]
+            else:
+                fragments[name] = module[name]
+        state = {
+            "module": module,
+            "buffer_names": buffers,
+            "optimizer": None,
+            "param_shapes": shapes,
+            "frozen_param_shapes": Ordered(
+                {n: Size(shard_shape(plan.wants[WEIGHT, n], plan.mesh, at)) for n in frozen}
+            ),
+            "shared_params": shared,
+            "frozen_param_fragments": fragments,
+            "lr_scheduler": decode(dict(plan.job.scheduler)) or None,
+            **counted(plan),
+        }
+        name = f"mp_rank_{rank:02d}_model_states.pt"
+        if sharded:
+            name = f"zero_pp_rank_{data_rank}_{name}"
+        files.add(f"{plan.tag}/{name}", state, places)
+
+
+def counted(plan: Plan) -> dict[str, Any]:
+    """Counters, sizes and what a DeepSpeed source held beside them."""
+    kept = {
+        key: decode(value)
+        for key, value in plan.kept.items()
+        if key not in ("ds_config", "param_shapes", "universal_checkpoint_info")
+    }
+    step = plan.job.step or 0
+    config = decode(plan.kept.get("ds_config")) or {}
+    zero = {**(config.get("zero_optimization") or {}), "stage": plan.stage}
+    skipped = kept.get("skipped_steps", 0)
+    if kept.get("global_steps", 0) - skipped != step:
+        skipped, kept = 0, {**kept, "global_steps": step}
+    tp = plan.mesh.get("tp", 1)
+    return {
+        "data_sampler": None,
+        "random_ltd": None,
+        "global_samples": step,
+        "ds_version": plan.version,
+        **kept,
+        "skipped_steps": skipped,
+        "global_steps": step + skipped,
+        "dp_world_size": plan.data_ranks,
+        "mp_world_size": tp,
+        "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": tp},
+        "ds_config": {**config, "zero_optimization": zero},
+    }
+
+
+def _whole(plan: Plan, key: Key, at: Mapping[str, int], places: list[Place]) -> Tensor:
+    """The shard of a rank as a tensor of its own."""
+    wanted = plan.wants[key]
+    tensor = hole(wanted.dtype, shard_shape(wanted, plan.mesh, at))
+    places.append(Place(key, tensor, partial(shard_of, wanted, plan.mesh, at)))
+    return tensor
