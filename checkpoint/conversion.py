@@ -112,6 +112,7 @@ def convert(
         facts = {**made.contents.facts, **options.mesh, **(sizes or {})}
     tensors = chosen(made.logical, states, dtype, to)
     wanted = lay_out(to, tensors, made.contents.job, facts, options, target_spec)
+    _check_axes(options.mesh, wanted.layout)
     prove_stored(wanted.target.arrays.values(), wanted.target.records)
     moved = pieces(source_of(tensors), wanted.logical)
     prove(moved)
@@ -180,6 +181,16 @@ def _options(
     if bad := [axis for axis, count in degrees.items() if type(count) is not int or count < 1]:
         raise InvalidInput(f"mesh {bad[0]}={degrees[bad[0]]}: expected a whole number from 1")
     return Options(degrees, flags=more)
+
+
+_AXES = ("tp", "pp", "dp", "cp", "ep", "etp", "vpp")
+
+
+def _check_axes(mesh: Mapping[str, int], layout: Layout) -> None:
+    """Raises InvalidInput for an axis that no format and no rule of the layout knows."""
+    known = {*_AXES, *(one.axis for rule in layout.rules for one in rule.types)}
+    if unknown := sorted(mesh.keys() - known):
+        raise InvalidInput(f"--mesh {unknown[0]}: expected {', '.join(sorted(known))}")
 
 
 def _decisive(

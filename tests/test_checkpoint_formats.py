@@ -378,6 +378,16 @@ def test_links_that_lead_out_are_not_copied(tmp_path: Path) -> None:
     convert(source, tmp_path / "o", "safetensors", config=source)  # who names it vouches for it
 
 
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [({"mesh": {"foo": 2}}, "--mesh foo: expected cp, dp"), ({"threads": -3}, "--threads -3")],
+)
+def test_what_would_be_ignored_is_refused(more: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=says):
+        convert(folder(tmp_path / "hf"), tmp_path / "o", "dcp", **more)
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_snapshot_of_a_cache_leads_to_its_own_blobs(tmp_path: Path) -> None:
     """As the hub's cache keeps models: files of a snapshot are links to blobs beside it."""
     model = tmp_path / "models--some--model"

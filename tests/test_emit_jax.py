@@ -37,7 +37,7 @@ LAYER = """\
 
 ALLOWED = {"__future__", "argparse", "collections", "dataclasses", "functools", "importlib", "json",
            "math", "pathlib", "re", "sys", "time", "typing", "zlib", "jax", "numpy", "optax",
-           "orbax", "safetensors", "tensorstore"}  # fmt: skip
+           "orbax", "safetensors", "tensorstore", "xxhash"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

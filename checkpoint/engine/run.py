@@ -51,6 +51,8 @@ class Limits:
                 f"--memory is {self.memory_bytes:,} bytes, expected at least "
                 f"{LEAST_MEMORY_BYTES >> 20}M"
             )
+        if self.threads < 0:
+            raise InvalidInput(f"--threads {self.threads}: expected at least 1, or 0: one per core")
         cores = self.threads or len(os.sched_getaffinity(0))
         return max(1, min(cores, self.memory_bytes // (_BUFFERS * unit_bytes)))
 
