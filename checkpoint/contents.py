@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .boxes import Boxes
+from .dtypes import itemsize
 
 WEIGHT, MASTER, EXP_AVG, EXP_AVG_SQ, BUFFER = "weight", "master", "exp_avg", "exp_avg_sq", "buffer"
 
@@ -156,6 +158,11 @@ class Wanted:
     @property
     def key(self) -> Key:
         return self.state, self.name
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole, with its padding."""
+        return prod(self.shape) * itemsize(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,19 @@ from __future__ import annotations
 
 from .language import Template
 
+
+def call(function: str) -> Template:
+    """A function of one operand."""
+    return Template(f"{function}({{0}})", role="pointwise")
+
+
+def mixtures_refused(language: str) -> dict[str, Template]:
+    """The ops of mixtures of experts, which a language does not write yet."""
+    reason = f"the {language} backend does not write mixtures of experts yet"
+    kinds = ("top_k", "moe_dispatch", "moe_combine")
+    return {kind: Template("", refused=f"op {kind!r}: {reason}") for kind in kinds}
+
+
 ALIKE: dict[str, Template] = {
     # contractions
     "linear_io": Template("{0} @ {1}", name="@parameter"),

@@ -7,17 +7,7 @@ lines.py, for what depends on shapes or types.
 from __future__ import annotations
 
 from ..emission.language import Template
-from ..emission.optable import ALIKE
-
-
-def _refused(kind: str) -> Template:
-    reason = "the torch backend does not write mixtures of experts yet"
-    return Template("", refused=f"op {kind!r}: {reason}")
-
-
-def _call(function: str) -> Template:
-    return Template(f"{function}({{0}})", role="pointwise")
-
+from ..emission.optable import ALIKE, call, mixtures_refused
 
 TEMPLATES: dict[str, Template] = {
     **ALIKE,
@@ -25,37 +15,34 @@ TEMPLATES: dict[str, Template] = {
     "linear": Template("@linear", name="@parameter"),
     # rotary embedding
     "constant": Template("@constant", name="constant"),
-    # mixtures of experts
-    "top_k": _refused("top_k"),
-    "moe_dispatch": _refused("moe_dispatch"),
-    "moe_combine": _refused("moe_combine"),
+    **mixtures_refused("torch"),
     # reductions
     "sum": Template("{0}.sum({dims}[, keepdim={keepdim}])", defaults={"keepdim": False}),
     "mean": Template("{0}.mean({dims}[, keepdim={keepdim}])", defaults={"keepdim": False}),
     # views
     "expand": Template("@expand", role="view"),
     # functions of one operand
-    "silu": _call("F.silu"),
+    "silu": call("F.silu"),
     "gelu": Template(
         "F.gelu({0}[, approximate={approximate}])",
         role="pointwise",
         defaults={"approximate": "none"},
     ),
-    "relu": _call("F.relu"),
-    "softplus": _call("F.softplus"),
-    "tanh": _call("torch.tanh"),
-    "sigmoid": _call("torch.sigmoid"),
-    "exp": _call("torch.exp"),
-    "log": _call("torch.log"),
-    "sqrt": _call("torch.sqrt"),
-    "rsqrt": _call("torch.rsqrt"),
+    "relu": call("F.relu"),
+    "softplus": call("F.softplus"),
+    "tanh": call("torch.tanh"),
+    "sigmoid": call("torch.sigmoid"),
+    "exp": call("torch.exp"),
+    "log": call("torch.log"),
+    "sqrt": call("torch.sqrt"),
+    "rsqrt": call("torch.rsqrt"),
     "leaky_relu": Template("F.leaky_relu({0}, {slope})", role="pointwise"),
     "elu": Template("F.elu({0}[, {alpha}])", role="pointwise", defaults={"alpha": 1.0}),
-    "expm1": _call("torch.expm1"),
-    "log1p": _call("torch.log1p"),
+    "expm1": call("torch.expm1"),
+    "log1p": call("torch.log1p"),
     "stop_gradient": Template("{0}.detach()"),
     "sort": Template("{0}.sort(-1).values"),
-    "erf": _call("torch.erf"),
-    "abs": _call("torch.abs"),
+    "erf": call("torch.erf"),
+    "abs": call("torch.abs"),
 }
 """Kind → how it is written."""

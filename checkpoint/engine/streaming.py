@@ -51,12 +51,10 @@ class Task:
 
 def tiles_of(joined: Joined, first: int, last: int) -> Iterator[Tile]:
     """The tiles of a task with their moves."""
-    origin = joined.begin[first:last]
     reads = _moves(joined.reads, joined.source, joined, first, last)
     writes = _moves(joined.writes, joined.target, joined, first, last)
     for place, size in enumerate(joined.size[first:last].tolist()):
         yield Tile(tuple(size), tuple(reads[place]), tuple(writes[place]))
-    assert len(origin) == last - first
 
 
 def _moves(met: Overlaps, table: Boxes, joined: Joined, first: int, last: int) -> list[list[Move]]:

@@ -18,10 +18,9 @@ from typing import Any
 from ...ir.errors import CorruptCheckpoint, InvalidInput
 from ..boxes import Boxes, row_major
 from ..contents import WEIGHT, Array, Contents, Digest, Given, Job, Key, Record, Target, Wanted
-from ..dtypes import itemsize
 from ..paths import within
 from . import Options, universal
-from .safetensors_file import Header, read_header, write_header
+from .safetensors_file import Header, read_header, shards, write_header
 
 SHARD_BYTES = 5_000_000_000
 """As transformers cuts by default (`max_shard_size="5GB"`)."""
@@ -199,23 +198,23 @@ def target(wanted: Sequence[Wanted], job: Job, options: Options) -> Target:
     indices: list[Given] = []
     for state, members in by_state.items():
         stem = "model" if state == WEIGHT else state
-        shards = _shards(members, limit)
+        groups = shards(members, limit)
         homes: dict[str, str] = {}
-        for number, shard in enumerate(shards):
-            file = f"{stem}-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-            if len(shards) == 1:
+        for number, shard in enumerate(groups):
+            file = f"{stem}-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+            if len(groups) == 1:
                 file = f"{stem}.safetensors"
             metadata = {"format": "pt"} | ({} if state == WEIGHT else {_STATE: state})
             header, places = write_header([(w.name, w.dtype, w.shape) for w in shard], metadata)
             literals.append(Given(file, 0, header))
-            files[file] = len(header) + sum(_nbytes(w) for w in shard)
+            files[file] = len(header) + sum(w.nbytes for w in shard)
             for one, place in zip(shard, places, strict=True):
                 arrays[one.key] = _whole(one, len(records))
-                records.append(Record(file, place, _nbytes(one)))
+                records.append(Record(file, place, one.nbytes))
                 homes[one.name] = file
-        if len(shards) > 1:
+        if len(groups) > 1:
             said = {
-                "metadata": {"total_size": sum(map(_nbytes, members))},
+                "metadata": {"total_size": sum(w.nbytes for w in members)},
                 "weight_map": dict(sorted(homes.items())),
             }
             indices.append(Given(stem + _INDEX, 0, (json.dumps(said, indent=2) + "\n").encode()))
@@ -232,27 +231,6 @@ def target(wanted: Sequence[Wanted], job: Job, options: Options) -> Target:
         return indices
 
     return Target("safetensors", files, records, none, arrays, literals, finish)
-
-
-def _nbytes(one: Wanted) -> int:
-    count = 1
-    for length in one.shape:
-        count *= length
-    return count * itemsize(one.dtype)
-
-
-def _shards(members: Sequence[Wanted], limit: int) -> list[list[Wanted]]:
-    """Consecutive tensors of at most so many bytes together; the widest dtypes first in a shard, so
-    that every tensor is aligned."""
-    found: list[list[Wanted]] = [[]]
-    held = 0
-    for one in members:
-        if found[-1] and held + _nbytes(one) > limit:
-            found.append([])
-            held = 0
-        found[-1].append(one)
-        held += _nbytes(one)
-    return [sorted(shard, key=lambda one: -itemsize(one.dtype)) for shard in found]
 
 
 def _whole(one: Wanted, record: int) -> Array:

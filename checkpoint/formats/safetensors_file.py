@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...ir.errors import CorruptCheckpoint, InvalidInput
+from ..contents import Wanted
 from ..dtypes import itemsize
 
 _LARGEST_HEADER_BYTES = 100_000_000
@@ -119,3 +120,17 @@ def write_header(
     text += b" " * (-len(text) % _ALIGNMENT_BYTES)
     header = len(text).to_bytes(8, "little") + text
     return header, [len(header) + place for place in places]
+
+
+def shards(wanted: Sequence[Wanted], limit: int) -> list[list[Wanted]]:
+    """Consecutive tensors of at most so many bytes together, for a file each; the widest dtypes
+    first in a file, so that every tensor is aligned."""
+    found: list[list[Wanted]] = [[]]
+    held = 0
+    for one in wanted:
+        if found[-1] and held + one.nbytes > limit:
+            found.append([])
+            held = 0
+        found[-1].append(one)
+        held += one.nbytes
+    return [sorted(members, key=lambda one: -itemsize(one.dtype)) for members in found]

@@ -24,7 +24,7 @@ from ..contents import Array, Contents, Digest, Given, Job, Key, Record, Target,
 from ..dtypes import itemsize
 from ..paths import within
 from . import Options
-from .safetensors_file import read_header, write_header
+from .safetensors_file import read_header, shards, write_header
 
 MANIFEST = "shardwright.json"
 VERSION = 1
@@ -125,19 +125,19 @@ class _Layout:
         except TypeError as error:
             raise InvalidInput(f"the job's state is not JSON: {error}") from None
         self._facts = facts
-        self._files = _grouped(wanted)
+        self._files = shards(wanted, FILE_BYTES)
         self._names = [f"fragments-{n:05d}.safetensors" for n in range(len(self._files))]
         self._records: list[Record] = []
         self._arrays: dict[Key, Array] = {}
         self._tensors: list[dict[str, Any]] = []
         self._sizes: dict[str, int] = {}
-        even = sum(map(_nbytes, wanted)) // _FRAGMENTS
+        even = sum(one.nbytes for one in wanted) // _FRAGMENTS
         self._fragment_bytes = min(max(FRAGMENT_BYTES, even), LARGEST_FRAGMENT_BYTES)
         for file, (name, members) in enumerate(zip(self._names, self._files, strict=True)):
             header, places = self._header(file, _UNKNOWN)
             for one, place in zip(members, places, strict=True):
                 self._add(one, file, place)
-            self._sizes[name] = len(header) + sum(_nbytes(one) for one in members)
+            self._sizes[name] = len(header) + sum(one.nbytes for one in members)
 
     def target(self) -> Target:
         """The whole; the manifest has its final size already, since digests have."""
@@ -198,23 +198,6 @@ class _Layout:
 
 def _text(data: Any) -> bytes:
     return json.dumps(data, separators=(",", ":")).encode()
-
-
-def _nbytes(one: Wanted) -> int:
-    return prod(one.shape) * itemsize(one.dtype)
-
-
-def _grouped(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
-    """Tensors by file, the widest dtypes first in each, so that all are aligned."""
-    found: list[list[Wanted]] = [[]]
-    held = 0
-    for one in wanted:
-        if found[-1] and held + _nbytes(one) > FILE_BYTES:
-            found.append([])
-            held = 0
-        found[-1].append(one)
-        held += _nbytes(one)
-    return [sorted(members, key=lambda one: -itemsize(one.dtype)) for members in found]
 
 
 def _fragments(

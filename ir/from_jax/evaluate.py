@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from ..errors import UnsupportedOp
-from ..lift.evaluate import Array, NoValue
+from ..lift.evaluate import Array, NoValue, missing_first
 from .flatten import ITERATIONS, SLICE, Source, literal_of, walk_back
 
 _ARITHMETIC = frozenset({"add", "sub", "lt", "le", "gt", "ge", "rem", "div", "broadcast_in_dim"})
@@ -31,17 +31,8 @@ class Evaluation:
     def __call__(self, source: Source) -> Array:
         """The value of a source. Raises NoValue where it has none without parameters."""
         with jax.enable_x64(True):
-            todo = [source]
-            while todo:
-                at = todo[-1]
-                operands = at.node.operands if at.node else ()
-                missing = [each for each in operands if each not in self.values]
-                if at in self.values or not missing:
-                    todo.pop()
-                    if at not in self.values:
-                        self._compute(at)
-                else:
-                    todo += missing
+            for at in missing_first(source, _operands, self.values):
+                self._compute(at)
             return np.asarray(self.values[source])
 
     def _compute(self, source: Source) -> None:
@@ -99,6 +90,10 @@ class Evaluation:
         if isinstance(value, np.dtype) and _narrow(value):
             return np.dtype(np.float64)
         return value
+
+
+def _operands(source: Source) -> tuple[Source, ...]:
+    return tuple(source.node.operands) if source.node else ()
 
 
 def _narrow(dtype: Any) -> bool:

@@ -292,12 +292,12 @@ def _number(value: Any, dtype: Any) -> Any:
 def walk_back(sources: Sequence[Source], stop: Callable[[Source], bool]) -> Iterator[Source]:
     """Sources that these depend on, and themselves, each once; not beyond where `stop` holds."""
     seen: set[Source] = set()
-    todo = list(sources)
-    while todo:
-        at = todo.pop()
+    waiting = list(sources)
+    while waiting:
+        at = waiting.pop()
         if at in seen:
             continue
         seen.add(at)
         yield at
         if at.node is not None and not stop(at):
-            todo += at.node.operands
+            waiting += at.node.operands

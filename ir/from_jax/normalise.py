@@ -36,12 +36,12 @@ def normalise(flat: Flat, inputs: Sequence[Source], loss: Source, model: str) ->
 
 def _needed(flat: Flat, loss: Source) -> set[Node]:
     found: set[Node] = set()
-    todo = [loss]
-    while todo:
-        node = todo.pop().node
+    waiting = [loss]
+    while waiting:
+        node = waiting.pop().node
         if node is not None and node not in found:
             found.add(node)
-            todo += node.operands
+            waiting += node.operands
     return found
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import UnsupportedOp
-from ..lift.evaluate import Array, NoValue
+from ..lift.evaluate import Array, NoValue, missing_first
 from .export import Exported
 
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32}
@@ -32,16 +32,8 @@ class Evaluation:
         return np.asarray(self._value(source).numpy())
 
     def _value(self, node: fx.Node) -> Any:
-        todo = [node]
-        while todo:
-            at = todo[-1]
-            missing = [n for n in at.all_input_nodes if n not in self.values]
-            if at in self.values or not missing:
-                todo.pop()
-                if at not in self.values:
-                    self.values[at] = self._compute(at)
-            else:
-                todo += missing
+        for at in missing_first(node, lambda each: each.all_input_nodes, self.values):
+            self.values[at] = self._compute(at)
         return self.values[node]
 
     def _compute(self, node: fx.Node) -> Any:

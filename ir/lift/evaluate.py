@@ -6,13 +6,15 @@ that survives new versions of the libraries that write them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+
+Node = TypeVar("Node")
 
 
 class NoValue(Exception):
@@ -51,6 +53,25 @@ class Settings(Protocol):
 
     def constants(self, source: Any) -> set[int]:
         """Integers > 1 that take part in the arithmetic which a source depends on."""
+
+
+def missing_first(
+    source: Node, operands: Callable[[Node], Iterable[Node]], values: Container[Node]
+) -> Iterator[Node]:
+    """A node and what it depends on, as far as `values` lacks them, each after its operands.
+
+    Who asks for the next one has put the last one's value into `values`. Depth costs no recursion.
+    """
+    waiting = [source]
+    while waiting:
+        at = waiting[-1]
+        missing = [] if at in values else [each for each in operands(at) if each not in values]
+        if missing:
+            waiting += missing
+            continue
+        waiting.pop()
+        if at not in values:
+            yield at
 
 
 def equal(a: Array, b: Array) -> bool:

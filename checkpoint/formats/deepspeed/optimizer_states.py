@@ -17,7 +17,7 @@ from ...pickles import (
     small,
     stand_in,
 )
-from .flat import group_total, partition_elements, partitions, slices
+from .flat import Piece, group_total, partition_elements, partitions, slices
 from .model_states import counted
 from .planning import (
     Files,
@@ -81,14 +81,8 @@ def _stage2(plan: Plan, rank: int, data_rank: int, places: list[Place]) -> dict[
         paddings.append(each - filled)
         inner.append(none)
         places += [place_of(plan, (MASTER, p.name), at, master, p) for p in pieces]
-        state: dict[str, Any] = {}
-        if plan.job.step is not None and plan.moments:
-            state["step"] = small("F32", float(plan.job.step))
-        for moment in plan.moments:
-            state[moment] = hole("F32", (each,))
-            places += [place_of(plan, (moment, p.name), at, state[moment], p) for p in pieces]
         if plan.moments:
-            states[g] = state
+            states[g] = _moments(plan, at, each, pieces, places)
         address = [
             stand_in(
                 "deepspeed.utils.tensor_fragment",
@@ -115,6 +109,19 @@ def _stage2(plan: Plan, rank: int, data_rank: int, places: list[Place]) -> dict[
     }
 
 
+def _moments(
+    plan: Plan, at: Mapping[str, int], elements: int, pieces: Sequence[Piece], places: list[Place]
+) -> dict[str, Any]:
+    """The step and the moments of a flat partition of so many elements; adds their places."""
+    state: dict[str, Any] = {}
+    if plan.job.step is not None:
+        state["step"] = small("F32", float(plan.job.step))
+    for moment in plan.moments:
+        state[moment] = hole("F32", (elements,))
+        places += [place_of(plan, (moment, p.name), at, state[moment], p) for p in pieces]
+    return state
+
+
 def _stage3(plan: Plan, rank: int, data_rank: int, places: list[Place]) -> dict[str, Any]:
     at = {"tp": rank}
     states: dict[int, Any] = {}
@@ -126,14 +133,8 @@ def _stage3(plan: Plan, rank: int, data_rank: int, places: list[Place]) -> dict[
         pieces = partitions(shapes, data_rank, plan.data_ranks, [elements])
         master = hole("F32", (elements,))
         places += [place_of(plan, (MASTER, p.name), at, master, p) for p in pieces]
-        state: dict[str, Any] = {}
-        if plan.job.step is not None and plan.moments:
-            state["step"] = small("F32", float(plan.job.step))
-        for moment in plan.moments:
-            state[moment] = hole("F32", (elements,))
-            places += [place_of(plan, (moment, p.name), at, state[moment], p) for p in pieces]
         if plan.moments:
-            states[len(masters)] = state
+            states[len(masters)] = _moments(plan, at, elements, pieces, places)
         masters.append(master)
     said = scaling(plan.job)
     return {
