@@ -20,9 +20,10 @@ def spread_sizes(candidates: Sequence[float], count: int) -> tuple[float, ...]:
     if count >= len(free):
         return tuple(free)
     low, high = log(free[0]), log(free[-1])
-    chosen = []
-    for i in range(count):
-        wanted = low + (high - low) * i / max(1, count - 1)
+    # The ends come first: beside the largest there may be one whose logarithm is no smaller.
+    chosen = [free.pop(0)] if count == 1 else [free.pop(0), free.pop()]
+    for i in range(1, count - 1):
+        wanted = low + (high - low) * i / (count - 1)
         nearest = min(free, key=lambda size: abs(log(size) - wanted))
         free.remove(nearest)
         chosen.append(nearest)

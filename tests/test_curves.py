@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -183,6 +183,7 @@ def test_pure_latency_and_pure_bandwidth_need_no_further_probe() -> None:
 
 
 @given(st.sets(st.floats(1, 1e12), min_size=1, max_size=30), st.integers(1, 40))
+@example({1.0, 999999999999.998, 1e12}, 2)
 def test_spread_sizes_are_as_many_as_asked_and_reach_both_ends(
     candidates: set[float], count: int
 ) -> None:
