@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rank_end
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -89,6 +88,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    # gloo's threads may abort a process that takes its interpreter down (pytorch issue 190489)
-    sys.stdout.flush()
-    os._exit(0)
+    rank_end.end()

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import numpy as np
+import rank_end
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -152,6 +151,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    # gloo's threads may abort a process that takes its interpreter down (pytorch issue 190489)
-    sys.stdout.flush()
-    os._exit(0)
+    rank_end.end()

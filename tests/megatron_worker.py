@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import megatron_cpu  # noqa: F401
 import numpy as np
+import rank_end
 import torch
 
 
@@ -326,6 +326,4 @@ def dump(said: argparse.Namespace, chunks: list[Any], optimizer: Any, rank: int)
 
 if __name__ == "__main__":
     main()
-    # gloo's threads may abort a process that takes its interpreter down (pytorch issue 190489)
-    sys.stdout.flush()
-    os._exit(0)
+    rank_end.end()
