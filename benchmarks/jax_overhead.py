@@ -1,6 +1,7 @@
 """What emitted JAX programs cost beside `jit` with `NamedSharding`, written by hand.
 
     python benchmarks/jax_overhead.py [--rounds N] [--layout LAYOUT ...]
+    python benchmarks/jax_overhead.py --depths 1 126 [--layout LAYOUT]
 
 A small Llama on 8 devices of this host's CPU. For every layout one process plans and emits the
 program, builds the same step by hand, where XLA's partitioner (GSPMD) finds the collectives from
@@ -9,6 +10,9 @@ the same parameters and rows, and runs them in turn. The losses of both must agr
 The table has the median seconds of a step; the ratio (emitted over by hand) of the medians, with
 the middle half of the single rounds' ratios; the same ratio of processor seconds, which other work
 on the machine disturbs less; and the seconds of compiling.
+
+With `--depths` only the emitted step is traced and compiled, of models of so many layers, each in a
+process of its own; nothing runs.
 """
 
 from __future__ import annotations
@@ -186,8 +190,8 @@ def by_hand(layout: dict[str, int], whole: dict[str, np.ndarray]) -> tuple[Any, 
 # --- one layout ----------------------------------------------------------------------------------
 
 
-def measure(layout: str, rounds: int) -> dict[str, Any]:
-    """Runs both in turn; what the table needs."""
+def emitted_modules(layout: str, layers: int) -> tuple[Any, Any, Any]:
+    """Plans and emits a model of so many layers: its modules `initial`, `parallel` and `step`."""
     import jax
     import jax.numpy as jnp
 
@@ -197,14 +201,13 @@ def measure(layout: str, rounds: int) -> dict[str, Any]:
     params = {
         "embed": size((VOCABULARY, HIDDEN)), "norm": size((HIDDEN,)),
         "head": size((HIDDEN, VOCABULARY)),
-        "layers": [{n: size(shape) for n, shape in shapes().items()} for _ in range(LAYERS)],
+        "layers": [{n: size(shape) for n, shape in shapes().items()} for _ in range(layers)],
     }  # fmt: skip
     tokens = jax.ShapeDtypeStruct((2, SEQ_LEN), jnp.int32)
-    degrees = {key: int(n) for key, n in (part.split("=") for part in layout.split(","))}
     plan = sw.plan(
         traced_loss, f"local:1x{DEVICES}",
         sw.Workload(global_batch=BATCH, seq_len=SEQ_LEN, precision="fp32"),
-        fix=f"{layout},pp=1,recompute=none,micro_batch={BATCH // degrees['dp']}",
+        fix=f"{layout},pp=1,recompute=none,micro_batch={BATCH // degrees_of(layout)['dp']}",
         params=params, example_inputs=(tokens, tokens),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -213,7 +216,44 @@ def measure(layout: str, rounds: int) -> dict[str, Any]:
         import initial
         import parallel
         import step
+    return initial, parallel, step
 
+
+def degrees_of(layout: str) -> dict[str, int]:
+    return {key: int(n) for key, n in (part.split("=") for part in layout.split(","))}
+
+
+def compile_only(layout: str, layers: int) -> dict[str, float]:
+    """Seconds of tracing and of compiling the step, by the clock and of the processor."""
+    import jax
+
+    _, parallel, step = emitted_modules(layout, layers)
+    adam = step.Adam(lambda _: RATE, BETAS, WEIGHT_DECAY, CLIP)
+    params = {key: parallel.shape_of(key) for key in parallel.arrays()}
+    batch = {
+        name: jax.ShapeDtypeStruct((BATCH, SEQ_LEN), "int32", sharding=parallel.sharding(lies))
+        for name, lies in parallel.batch_specs().items()
+    }
+    found = {}
+    began, busy = time.perf_counter(), time.process_time()
+    lowered = step.train_step(adam).lower(params, step.state_shapes(adam), batch, None)
+    found["tracing"], found["tracing, processor"] = _since(began, busy)
+    began, busy = time.perf_counter(), time.process_time()
+    lowered.compile()
+    found["compiling"], found["compiling, processor"] = _since(began, busy)
+    return found
+
+
+def _since(began: float, busy: float) -> tuple[float, float]:
+    return time.perf_counter() - began, time.process_time() - busy
+
+
+def measure(layout: str, rounds: int) -> dict[str, Any]:
+    """Runs both in turn; what the table needs."""
+    import jax
+
+    degrees = degrees_of(layout)
+    initial, parallel, step = emitted_modules(layout, LAYERS)
     adam = step.Adam(lambda _: RATE, BETAS, WEIGHT_DECAY, CLIP)
     emitted = initial.initialise(0)
     hand, mine, mine_state = by_hand(degrees, parallel.by_name(emitted))
@@ -257,30 +297,41 @@ def measure(layout: str, rounds: int) -> dict[str, Any]:
     return {"seconds": seconds, "processor": processor, "compiling": compiling, "apart": apart}
 
 
-def main() -> None:
-    """One process for each layout, one table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--layout", nargs="*", default=LAYOUTS)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        print(json.dumps(measure(args.worker, args.rounds)))
-        return
-    table = Table(title=f"A Llama of {LAYERS} layers, {DEVICES} CPU devices")
-    for column in ("layout", "emitted s", "by hand s", "ratio", "single rounds", "processor",
-                   "compiling: emitted s", "by hand s"):  # fmt: skip
-        table.add_column(column)
+def depths_table(layout: str, depths: list[int]) -> Table:
+    """What the depth of a model does to tracing and compiling."""
+    table = Table(title=f"The emitted step of {layout} by depth, {DEVICES} CPU devices")
+    table.add_column("layers")
+    ratios: dict[str, float] = {}
+    for layers in depths:
+        found = _worker(layout, "--depths", str(layers))
+        for name, seconds in found.items():
+            if layers == depths[0]:
+                table.add_column(f"{name} s")
+                ratios[name] = seconds
+        cells = (f"{s:.2f} ({s / ratios[name]:.2f})" for name, s in found.items())
+        table.add_row(str(layers), *cells)
+    return table
+
+
+def _worker(layout: str, *arguments: str) -> Any:
+    """What a process of its own finds."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
     }
-    for layout in args.layout:
-        command = [sys.executable, __file__, "--worker", layout, "--rounds", str(args.rounds)]
-        run = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, text=True, check=True
-        )
-        found = json.loads(run.stdout.splitlines()[-1])
+    command = [sys.executable, __file__, "--worker", layout, *arguments]
+    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def layouts_table(layouts: list[str], rounds: int) -> Table:
+    """Both versions of every layout."""
+    table = Table(title=f"A Llama of {LAYERS} layers, {DEVICES} CPU devices")
+    for column in ("layout", "emitted s", "by hand s", "ratio", "single rounds", "processor",
+                   "compiling: emitted s", "by hand s"):  # fmt: skip
+        table.add_column(column)
+    for layout in layouts:
+        found = _worker(layout, "--rounds", str(rounds))
         emitted, hand = (np.array(found["seconds"][name]) for name in ("emitted", "by hand"))
         busy = [found["processor"][name] for name in ("emitted", "by hand")]
         low, high = np.quantile(emitted / hand, (0.25, 0.75))
@@ -293,7 +344,26 @@ def main() -> None:
             f"{np.median(busy[0]) / np.median(busy[1]):.3f}",
             *(f"{found['compiling'][name]:.1f}" for name in ("emitted", "by hand")),
         )  # fmt: skip
-    Console(width=110).print(table)
+    return table
+
+
+def main() -> None:
+    """One process for each layout or depth, one table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--layout", nargs="*", default=LAYOUTS)
+    parser.add_argument("--depths", nargs="*", type=int, help="layers of models, to compile only")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker and args.depths:
+        print(json.dumps(compile_only(args.worker, args.depths[0])))
+    elif args.worker:
+        print(json.dumps(measure(args.worker, args.rounds)))
+    elif args.depths:
+        for layout in args.layout if args.layout != LAYOUTS else LAYOUTS[1:2]:
+            Console(width=110).print(depths_table(layout, args.depths))
+    else:
+        Console(width=110).print(layouts_table(args.layout, args.rounds))
 
 
 if __name__ == "__main__":

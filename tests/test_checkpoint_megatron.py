@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks_on_cpu
 
 from shardwright.checkpoint.conversion import convert
 
-WORKER = Path(__file__).parent / "megatron_worker.py"
+megatron = partial(ranks_on_cpu.start, Path(__file__).with_name("megatron_worker.py"))
 VOCABULARY = 90
 SIZES = {
     "llama": {"num_query_groups": 2, "kv_channels": 8},
@@ -22,21 +20,6 @@ SIZES = {
 }
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed (extra oracles)")
-
-
-def megatron(ranks: int, *arguments: str | int | Path) -> None:
-    """Starts ranks of the worker."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    found = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-         "--master-port", str(port), str(WORKER), *map(str, arguments)],
-        cwd=WORKER.parent, capture_output=True, text=True, timeout=400,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    said = [line for line in found.stderr.splitlines() if "rank0]" in line or "Error" in line]
-    assert found.returncode == 0, "\n".join(said[-25:])
 
 
 def dumps(folder: Path) -> dict[tuple[int, ...], dict[str, np.ndarray]]:
