@@ -19,7 +19,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
-# Nothing is compiled: the lock of a build outlives a process that was killed, and others wait for it.
+# Nothing is compiled: a lock of a build outlives a killed process, and others wait for it.
 deepspeed.ops.__compatible_ops__.clear()
 
 
