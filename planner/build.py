@@ -127,31 +127,9 @@ def preamble_annotation(model: Model, mesh: Mesh) -> Annotation:
 
 def strategy_of(request: Request, outcome: Outcome) -> Strategy:
     """The strategy in the names scripts rely on; `recompute` is the strongest mode in use."""
-    candidate = outcome.candidate
     used: set[Recompute] = {mode for stage in outcome.cut.modes for mode in stage}
-    strongest = max(used, key=MODES.index)
-    return Strategy(
-        pp=candidate.pp,
-        dp=candidate.dp,
-        tp=candidate.tp,
-        zero=candidate.zero,
-        micro_batch=candidate.micro_batch,
-        recompute=strongest,
-        schedule=candidate.schedule,
-        layers=repeated(request.model).per_stage(outcome.cut.bounds),
-        vpp=candidate.vpp,
-        cp=candidate.cp,
-        ep=candidate.ep,
-        etp=candidate.etp,
-        zero_group=candidate.zero_group,
-        gradient_group=candidate.gradient_group,
-        parameter_group=candidate.parameter_group,
-        parallel_block=candidate.parallel_block,
-        ladder_residual=candidate.ladder_residual,
-        local_update=candidate.local_update,
-        ulysses=candidate.ulysses,
-        sp=request.fix.sp,
-    )
+    layers = repeated(request.model).per_stage(outcome.cut.bounds)
+    return outcome.candidate.strategy(max(used, key=MODES.index), layers, request.fix.sp)
 
 
 def predicted(request: Request, outcome: Outcome) -> Predicted:

@@ -3,14 +3,15 @@ emitted."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from math import gcd, prod
 
 from ..costmodel.collectives import Group
 from ..costmodel.zero import ZeroShards
 from ..ir.graph import Model, Op, bind
 from ..ir.optable import TABLE
-from ..ir.plan import MODEL_CHANGES, ScheduleName, Strategy
+from ..ir.plan import MODEL_CHANGES, Recompute, ScheduleName, Strategy
 from ..ir.schedule_rows import schedule_placement
 
 ZERO_GROUPS = ("zero_group", "gradient_group", "parameter_group")
@@ -64,6 +65,12 @@ class Candidate:
             if getattr(self, name):
                 text += f" {name}={int(getattr(self, name))}"
         return f"{text} micro_batch={self.micro_batch}"
+
+    def strategy(self, recompute: Recompute, layers: Sequence[int], sp: bool | None) -> Strategy:
+        """In the names that scripts rely on, with the strongest recomputation in use, the layers
+        of every pipeline rank, and sequence parallelism as it was asked for."""
+        same = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "microbatches"}
+        return Strategy(**same, recompute=recompute, layers=tuple(layers), sp=sp)
 
     @property
     def ring(self) -> int:

@@ -161,24 +161,7 @@ def predict(request: Request) -> Prediction:
     for rank, count in zip(placement_of(candidate), counts, strict=True):
         per_rank[rank] += count
     return Prediction(
-        Strategy(
-            pp=candidate.pp,
-            dp=candidate.dp,
-            tp=candidate.tp,
-            zero=candidate.zero,
-            micro_batch=candidate.micro_batch,
-            recompute=mode,
-            schedule=candidate.schedule,
-            layers=tuple(per_rank),
-            vpp=candidate.vpp,
-            cp=candidate.cp,
-            ep=candidate.ep,
-            etp=candidate.etp,
-            zero_group=candidate.zero_group,
-            gradient_group=candidate.gradient_group,
-            parameter_group=candidate.parameter_group,
-            sp=request.fix.sp,
-        ),
+        candidate.strategy(mode, per_rank, request.fix.sp),
         seconds,
         work.global_batch * work.seq_len / seconds,
         request.flops_per_step() / (seconds * peak),
