@@ -71,6 +71,9 @@ def with_unread(records: Sequence[Record], unread: Iterable[Record]) -> tuple[Re
 Key = tuple[str, str]
 """(state, name)."""
 
+Combine = Literal["copy", "equal", "sum", "mean"]
+"""What an element is that lies in several boxes (see `Array`)."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Array:
@@ -78,8 +81,8 @@ class Array:
 
     `shape` is that of the whole, over all ranks; `where` gives the boxes of its elements, whose
     records are numbers of `Contents.records`. Replicas may be there or not. `combine` says what an
-    element is that lies in several boxes: a copy, or a summand (a partial sum, or one of several
-    values to be averaged).
+    element is that lies in several boxes: a copy (any of them is read), one of several that have to
+    be equal (all are read), or a summand (a partial sum, or one of several values to be averaged).
 
     `axes`: where a reader has the shards of ranks and does not know what whole they make, the first
     dims of the array count the ranks of these mesh axes, and the others are those of a shard. The
@@ -91,7 +94,7 @@ class Array:
     shape: tuple[int, ...]
     dtype: str
     where: Callable[[], Boxes]
-    combine: Literal["copy", "sum", "mean"] = "copy"
+    combine: Combine = "copy"
     axes: tuple[str, ...] = ()
 
     @property
@@ -144,7 +147,8 @@ class Wanted:
     `shape` is that of the whole with its padding. `dims` and `sizes` are its factors (numbers of
     columns per dim, and the size of every factor); `splits` says which factor each mesh axis
     splits, outermost axis first; an axis that is not named holds copies (and `tp:2` is the outer
-    two of tp: the rest of it holds copies, see `placement.py`).
+    two of tp: the rest of it holds copies, see `placement.py`). `unpadded`: the shape without
+    padding, where there is some.
     """
 
     state: str
@@ -154,10 +158,16 @@ class Wanted:
     dims: tuple[tuple[int, ...], ...]
     sizes: tuple[int, ...]
     splits: tuple[tuple[str, int], ...] = ()
+    unpadded: tuple[int, ...] | None = None
 
     @property
     def key(self) -> Key:
         return self.state, self.name
+
+    @property
+    def true_shape(self) -> tuple[int, ...]:
+        """Of the whole, without padding."""
+        return self.shape if self.unpadded is None else self.unpadded
 
     @property
     def nbytes(self) -> int:

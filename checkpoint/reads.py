@@ -19,10 +19,11 @@ from typing import Any
 from ..ir import InvalidInput
 from ..ir.plan import Plan
 from ..ir.serial import load_plan, write_whole
-from .boxes import Boxes, coverage, distinct
+from .boxes import Boxes, coverage
 from .contents import EXP_AVG, EXP_AVG_SQ, MASTER, WEIGHT, Array, Contents, Key
 from .dtypes import itemsize
 from .formats import Options
+from .plan import without_repeats
 from .sides import read
 
 FILE = "reads.jsonl"
@@ -101,7 +102,7 @@ def write_reads(plan: Plan, contents: Contents, logical: Mapping[Key, Array], fo
     }
     lines, total = [json.dumps(head)], 0
     for name, state, array in _wanted(plan, logical):
-        boxes = distinct(array.where().clipped(array.shape))
+        boxes = without_repeats(array.where().clipped(array.shape))
         covered = coverage(boxes, array.shape)
         if not covered.exactly_once:
             what = "overlap" if covered.twice else f"hold {covered.covered} of {covered.elements}"
@@ -136,7 +137,7 @@ def _wanted(plan: Plan, logical: Mapping[Key, Array]) -> Iterator[tuple[str, str
                     f"{state} of {name} has shape {array.shape} in the checkpoint, "
                     f"{tuple(parameter.shape)} in the plan"
                 )
-            if array.combine != "copy":
+            if array.combine not in ("copy", "equal"):
                 raise InvalidInput(
                     f"{state} of {name} is the {array.combine} of several arrays: no bytes to be "
                     "read as they are; convert it to a format first, see --to"

@@ -101,6 +101,7 @@ def wanted_arrays(
         sizes[factor] = -(-sizes[factor] // multiple) * multiple
     arranged = Arranged(arrangement, sizes)
     lead = len(rule.lifted)
+    unpadded = solved.shape[lead:] if rule.pad else None
     splits: list[tuple[str, str]] = []
     for one in rule.types:
         ranks = mesh.get(one.axis, 1)
@@ -138,6 +139,7 @@ def wanted_arrays(
                 placement.dims,
                 placement.sizes,
                 placement.splits,
+                unpadded,
             )
             made.append(StoredWanted(state, wanted, arranged, shapes, tuple(at)))
     return made

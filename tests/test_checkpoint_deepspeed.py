@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ranks_on_cpu
+import torch
 from checkpoint_mover import Arrays, gathered, wanted_of, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -302,11 +304,11 @@ def test_hops_keep_arrays_and_job(tmp_path: Path) -> None:
 
 
 def test_tensor_parallel_shards_wait_for_a_layout(tmp_path: Path) -> None:
-    """The files do not say how shards make a whole, and it is not guessed."""
+    """Without DeepSpeed's word on how shards make a whole, it is not guessed."""
     wanted, arrays = trained({"a.w": (6, 5), "a.b": (7,)})
     options = Options(mesh={"dp": 2, "tp": 2}, flags={"stage": 1}, tag="x")
     write(deepspeed.target(wanted, Job(step=1), options), arrays, tmp_path)
-    contents = deepspeed.read(tmp_path, Options())
+    contents = deepspeed.read(tmp_path, Options(flags={"info": False}))
     assert contents.mesh["tp"] == 2
     array = contents.arrays["master", "a.w"]
     assert (array.axes, array.shape) == (("tp",), (2, 3, 5))
@@ -330,3 +332,77 @@ def test_what_deepspeed_cannot_say_is_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(InvalidInput, match=said):
             deepspeed.target(some, Job(), options)
+
+
+def test_names_client_state_and_trainer_files_are_kept(tmp_path: Path) -> None:
+    """Tags, large tensors of a user's own, random states and schedulers, from DeepSpeed to it."""
+    wanted, arrays = trained({"a.w": (6, 5)})
+    options = Options(mesh={"dp": 2}, flags={"stage": 1}, tag="best")
+    write(deepspeed.target(wanted, Job(step=1), options), arrays, tmp_path / "a")
+    path = tmp_path / "a" / "best" / "mp_rank_00_model_states.pt"
+    state = torch.load(path, weights_only=False)
+    table = torch.arange(1 << 19)  # 4 MiB
+    torch.save({**state, "table": table}, path)
+    random = {"python": (3, (1, 2)), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+    torch.save(random, tmp_path / "a" / "rng_state_1.pth")
+    torch.save({"last_epoch": 7}, tmp_path / "a" / "scheduler.pt")
+    convert(tmp_path / "a", tmp_path / "b", to="universal")
+    convert(tmp_path / "b", tmp_path / "c", to="deepspeed", mesh={"dp": 1})
+    there = torch.load(tmp_path / "c" / "best" / path.name, weights_only=False)
+    assert (tmp_path / "c" / "latest").read_text() == "best"
+    assert torch.equal(there["table"], table)
+    again = torch.load(tmp_path / "c" / "rng_state_1.pth", weights_only=False)
+    assert again["python"] == random["python"] and torch.equal(again["cpu"], random["cpu"])
+    assert np.array_equal(again["numpy"][1], random["numpy"][1])
+    assert torch.load(tmp_path / "c" / "scheduler.pt") == {"last_epoch": 7}
+    for k, tag in enumerate(("../x", "..")):
+        with pytest.raises(InvalidInput, match="expected the name of a directory"):
+            convert(tmp_path / "b", tmp_path / f"d{k}", to="deepspeed", flags={"tag": tag})
+    convert(tmp_path / "b", tmp_path / "e", to="deepspeed", flags={"tag": "new"})
+    assert (tmp_path / "e" / "new" / path.name).exists()
+
+
+class Called:
+    """Of a user's own: what its pickle calls would show in a file."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> Any:
+        return os.makedirs, (str(self.place),)
+
+
+def test_calls_in_client_state_are_written_as_data_or_not_at_all(tmp_path: Path) -> None:
+    wanted, arrays = trained({"a.w": (6, 5)})
+    options = Options(mesh={"dp": 1}, flags={"stage": 1}, tag="x")
+    write(deepspeed.target(wanted, Job(step=1), options), arrays, tmp_path / "a")
+    path = tmp_path / "a" / "x" / "mp_rank_00_model_states.pt"
+    state = torch.load(path, weights_only=False)
+    torch.save({**state, "mine": [Called(tmp_path / "ran")], "note": 5}, path)
+    with pytest.raises(InvalidInput, match=r"client state mine: .*os\.makedirs.*foreign=data"):
+        convert(tmp_path / "a", tmp_path / "b", to="deepspeed")
+    convert(tmp_path / "a", tmp_path / "b", to="deepspeed", flags={"foreign": "data"})
+    there = torch.load(tmp_path / "b" / "x" / path.name, weights_only=False)
+    assert not (tmp_path / "ran").exists()
+    assert there["note"] == 5 and there["mine"][0]["called"]
+    assert there["mine"][0]["$object"] == ["os", "makedirs"]
+
+
+def test_files_that_say_another_rank_are_refused(tmp_path: Path) -> None:
+    """As written through an open file: zips do not tell by their names."""
+    wanted, arrays = trained({"a.w": (6, 5)})
+    options = Options(mesh={"dp": 2}, flags={"stage": 3}, tag="x")
+    write(deepspeed.target(wanted, Job(step=1), options), arrays, tmp_path)
+    paths = sorted((tmp_path / "x").glob("*_optim_states.pt"))
+    for rank, path in enumerate(paths):
+        state = torch.load(path, weights_only=False)
+        groups = [{"partition_count": 2, "partition_rank": rank}]
+        state["optimizer_state_dict"]["ds_zero_partition_groups"] = groups
+        with path.open("wb") as file:
+            torch.save(state, file)
+    assert deepspeed.read(tmp_path, Options()).mesh["dp"] == 2
+    first, second = (path.read_bytes() for path in paths)
+    paths[0].write_bytes(second)
+    paths[1].write_bytes(first)
+    with pytest.raises(CorruptCheckpoint, match=f"{paths[0].name}: says .* data rank 1: .*swapped"):
+        deepspeed.read(tmp_path, Options())

@@ -142,8 +142,11 @@ class Mover:
         self, size: Sequence[int], reads: Sequence[Move], dtype: str, combine: str, hashes: Hashes
     ) -> NDArray[np.generic]:
         """A block of a logical tensor, as words of the dtype's size, or, where summands are
-        combined, in the dtype."""
+        combined, in the dtype. Raises CorruptCheckpoint where copies that have to be equal are
+        not."""
         width = itemsize(dtype)
+        if combine == "equal":
+            return self._equal(size, reads, width, hashes)
         if combine != "copy":
             return self._combined(size, reads, dtype, combine, hashes)
         block = self._words("tile", size, width)
@@ -182,6 +185,30 @@ class Mover:
     def _words(self, name: str, size: Sequence[int], width: int) -> NDArray[np.generic]:
         count = int(np.prod(size, dtype=np.int64))
         return self.buffer(name, count * width).view(_WORDS[width]).reshape(tuple(size))
+
+    def _equal(
+        self, size: Sequence[int], reads: Sequence[Move], width: int, hashes: Hashes
+    ) -> NDArray[np.generic]:
+        """All copies of a block are read, and compared by their bytes."""
+        block = self._words("tile", size, width)
+        holders = np.full(tuple(size), -1, np.int32)
+        for number, move in enumerate(reads):
+            part = self._words("copy", move.size, width)
+            origin = (0,) * len(move.begin)
+            self._read(Move(origin, move.size, move.stride, move.record, move.offset), part, hashes)
+            at: Any = (*(slice(b, b + n) for b, n in zip(move.begin, move.size, strict=True)), ...)
+            held = holders[at]
+            if (differs := (held >= 0) & (block[at] != part)).any():
+                other = reads[int(held[differs].flat[0])]
+                one, two = (self._records[m.record].file for m in (other, move))
+                raise CorruptCheckpoint(
+                    f"{self._root}: {one} and {two} hold different values of a tensor of which "
+                    "they are said to have copies; files of different runs are mixed, or it is no "
+                    "copy: then a layout has to say what it is, see --spec"
+                )
+            block[at] = part
+            held[...] = number
+        return block
 
     def _combined(
         self, size: Sequence[int], reads: Sequence[Move], dtype: str, combine: str, hashes: Hashes

@@ -59,8 +59,8 @@ MODULES = {
 FLAGS = {
     "safetensors": ("shard_bytes",),
     "dcp": ("names",),
-    "deepspeed": ("stage", "order", "mixed_steps"),
-    "deepspeed-universal": ("stage", "order", "mixed_steps"),
+    "deepspeed": ("stage", "order", "mixed_steps", "info", "tag", "foreign"),
+    "deepspeed-universal": ("stage", "order", "mixed_steps", "tag", "foreign"),
     "megatron": ("stages", "iteration", "grad_dtype", "bucket_elements"),
     "megatron-dist": ("iteration",),
     "orbax": ("tree", "nested", "schedule", "chunk_bytes"),

@@ -15,17 +15,18 @@ from typing import Any
 
 from ...ir import CorruptCheckpoint
 from ..boxes import Boxes, row_major
-from ..contents import MASTER, Contents, Given, Job, Key, Target, Wanted, with_unread
+from ..contents import BUFFER, MASTER, Contents, Given, Job, Key, Target, Wanted, with_unread
 from ..factor_boxes import shard
 from ..paths import sizes
-from ..pickles import Tensor, hole, open_torch, scalar, small
+from ..pickles import Tensor, decode, hole, open_torch, scalar, small
 from . import Options
+from .deepspeed.assembling import arrays_of
 from .deepspeed.description import agreed, job_of
 from .deepspeed.directory import is_tag, tagged
 from .deepspeed.model_states import model_files
 from .deepspeed.optimizer_states import param_groups, scaling, stage_enum
-from .deepspeed.planning import Files, Place, Plan, finished, flat_groups, plan_of
-from .deepspeed.reading import Found, arrays_of, loaded_file, model_state, shapes_of
+from .deepspeed.planning import Files, Place, Plan, beside, finished, flat_groups, plan_of
+from .deepspeed.reading import Found, loaded_file, model_state, shapes_of
 
 LATEST = "latest_universal"
 _STATES = {"fp32": MASTER}
@@ -45,7 +46,7 @@ def found(root: Path) -> str | None:
 def read(root: Path, options: Options) -> Contents:
     """What a universal checkpoint holds; raises CorruptCheckpoint for missing or mixed files."""
     path = tagged(root, options.tag, LATEST)
-    made = Found()
+    made = Found(tag=path.name)
     models = {
         file.name: loaded_file(path, file.name, made.unread)
         for file in sorted(path.glob("*_model_states.pt"))
@@ -56,9 +57,15 @@ def read(root: Path, options: Options) -> Contents:
         parts = len(models) if first_name.startswith("zero_") else 0
         for data_rank, (name, state) in enumerate(models.items()):
             model_state(made, 0, data_rank, state, name, parts)
+    if not alone and isinstance(first.get("module"), dict):
+        for name in first.get("buffer_names") or ():
+            if isinstance(tensor := first["module"].get(name), Tensor):
+                made.tensor((BUFFER, name), 0, tensor, first_name)
     shapes = dict(item for group in shapes_of(first, first_name) for item in group.items())
     shared = first.get("shared_params") or {}
-    folders = [f for f in sorted((path / "zero").iterdir()) if f.is_dir() and f.name not in shared]
+    buffers = set(first.get("buffer_names") or ())  # of the model states, as they are
+    skipped = {*shared, *buffers}
+    folders = [f for f in sorted((path / "zero").iterdir()) if f.is_dir() and f.name not in skipped]
     names = {folder.name for folder in folders}
     order = [*(name for name in shapes if name in names), *sorted(names - shapes.keys())]
     if missing := sorted(shapes.keys() - names):
@@ -80,7 +87,7 @@ def read(root: Path, options: Options) -> Contents:
             steps[common_name] = float(step)
     step = agreed(steps, models, bool(options.flags.get("mixed_steps")))
     groups = common.get("param_groups") or inner.get("param_groups") or []
-    job = job_of(step, first, groups, common)
+    job = job_of(made, step, models, groups, common)
     arrays = arrays_of(made, 1)
     return Contents(
         "deepspeed-universal",
@@ -118,6 +125,8 @@ def _parameter(
             steps[said] = float(number)
             continue
         tensor = value.get("param") if isinstance(value, dict) else value
+        if isinstance(value, dict) and file.stem == "fp32":
+            made.keys[name] = {key: said for key, said in value.items() if key != "param"}
         if not isinstance(tensor, Tensor):
             raise CorruptCheckpoint(f"{said}: holds no tensor")
         whole = tensor.shape
@@ -159,7 +168,8 @@ def target(wanted: Sequence[Wanted], job: Job, options: Options) -> Target:
 def _state_file(plan: Plan, key: Key, files: Files) -> None:
     wanted = plan.wants[key]
     tensor = hole("F32", wanted.shape if plan.stage < 3 else (prod(wanted.shape),))
-    value = {"cat_dim": 0, "param": tensor} if plan.stage < 3 else tensor
+    keys = beside(plan.job, "parameters").get(key[1], {"cat_dim": 0})
+    value = {**decode(keys), "param": tensor} if plan.stage < 3 else tensor
     stem = "fp32" if key[0] == MASTER else key[0]
     place = Place(key, tensor, partial(shard, wanted.dims, wanted.sizes, ()))
     files.add(f"{plan.tag}/zero/{key[1]}/{stem}.pt", value, [place])

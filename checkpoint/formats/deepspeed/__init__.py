@@ -10,12 +10,16 @@ from ....ir import CorruptCheckpoint, InvalidInput
 from ...contents import Contents, Given, Job, Target, Wanted, with_unread
 from ...paths import sizes
 from .. import Options
-from .description import agreed, job_of
+from .assembling import arrays_of
+from .description import agreed, job_of, left_out
 from .directory import LATEST, Directory, is_tag, listed, tagged
+from .layers import layer_states
 from .model_states import model_files
 from .optimizer_states import optimizer_file
 from .planning import Files, finished, plan_of
-from .reading import Found, arrays_of, stage_of, states_of
+from .reading import Found, stage_of, states_of
+from .tensor_ranks import info_of
+from .trainer_files import trainer_files, with_trainer_files
 
 __all__ = ["found", "read", "target"]
 
@@ -33,31 +37,33 @@ def found(root: Path) -> str | None:
 
 
 def read(root: Path, options: Options) -> Contents:
-    """What a step holds. Shards of tensor parallelism have the axis `tp`: the layout says how they
-    make a whole.
+    """What a step holds. Shards of tensor parallelism are put together as the files'
+    `universal_checkpoint_info` says; without it (or with the flag `info=false`) they have the axis
+    `tp`, and the layout says how they make a whole.
 
     Raises CorruptCheckpoint for missing ranks and for files of different steps or runs in one
     directory; the flag `mixed_steps` lets an optimizer's step differ from the model's.
     """
     directory = listed(tagged(root, options.tag))
-    made = Found()
+    made = Found(tag=directory.path.name)
     models: dict[str, Mapping[str, Any]] = {}
     optimizers: dict[str, Mapping[str, Any]] = {}
     for name, state in states_of(directory, made):
         (models if name in set(directory.model.values()) else optimizers)[name] = state
     first = next(iter(models.values()))
     tp, pp = _degrees(directory, first)
-    if pp > 1 or directory.layers:
-        raise InvalidInput(
-            f"{directory.path}: a PipelineModule (pp={pp}), whose layers have no names of their "
-            "own there; convert it with DeepSpeed's ds_to_universal"
-        )
+    by_rank = {rank: (name, models[name]) for rank, name in directory.model.items()}
+    layer_states(directory, made, by_rank)
     step = agreed(_steps(made), models, bool(options.flags.get("mixed_steps")))
-    arrays = arrays_of(made, tp)
+    info = None if tp == 1 or options.flags.get("info") is False else info_of(models)
+    arrays = arrays_of(made, tp, info)
     mesh = {"dp": directory.data_ranks, "tp": tp, "pp": pp}
-    job = job_of(step, first, *_optimizer(optimizers))
+    job = job_of(made, step, models, *_optimizer(optimizers))
+    if directory.path != root:
+        job = with_trainer_files(job, root)
     facts = {"zero_stage": _stage(optimizers)} if optimizers else {}
-    notes = (f"ZeRO stage {facts['zero_stage']}",) if facts else ("without optimizer state",)
+    said = f"ZeRO stage {facts['zero_stage']}" if facts else "without optimizer state"
+    notes = (said, *left_out(models))
     files = sizes(directory.path, "*")
     records = with_unread(made.records, made.unread)
     return Contents("deepspeed", directory.path, files, records, arrays, job, mesh, facts, notes)
@@ -70,11 +76,18 @@ def target(wanted: Sequence[Wanted], job: Job, options: Options) -> Target:
     order of the engine's optimizer (else as the source has them).
     """
     plan = plan_of(wanted, job, options)
+    split = any(axis.partition(":")[0] == "tp" for one in wanted for axis, _ in one.splits)
+    if plan.mesh.get("tp", 1) > 1 and not split:
+        raise InvalidInput(
+            f"mesh tp={plan.mesh['tp']}: nothing says which dims of which parameters tensor ranks "
+            "split; give a layout with types for tp as --target-spec (autotp-llama, or a file)"
+        )
     files = Files()
     for rank in range(plan.mesh.get("tp", 1)):
         model_files(plan, rank, files)
         for data_rank in range(plan.data_ranks):
             optimizer_file(plan, rank, data_rank, files)
+    trainer_files(job, files)
     return finished(files, plan.wants, "deepspeed", [Given(LATEST, 0, plan.tag.encode())])
 
 

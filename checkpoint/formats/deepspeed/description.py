@@ -8,7 +8,7 @@ from typing import Any
 from ....ir import CorruptCheckpoint
 from ...contents import Job
 from ...pickles import Tensor, encode
-from .reading import shapes_of
+from .reading import Found, shapes_of
 
 _TENSORS = {
     "module", "optimizer", "param_shapes", "frozen_param_shapes",
@@ -52,19 +52,35 @@ def _agree(steps: Mapping[str, float], what: str) -> None:
         )
 
 
+def left_out(models: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """Notes on what of the model states is not kept, as its tensors are too large for a job."""
+    return tuple(
+        f"{file}: {key} is left out, its tensors are larger than 64 MiB"
+        for file, state in models.items()
+        for key, value in state.items()
+        if key not in _TENSORS and not _small(value)
+    )
+
+
 def job_of(
+    found: Found,
     step: int | None,
-    model: Mapping[str, Any],
+    models: Mapping[str, Mapping[str, Any]],
     entries: Sequence[Mapping[str, Any]],
     held: Mapping[str, Any],
 ) -> Job:
-    """The job, of the model states, torch's param groups and what ZeRO holds beside them."""
-    shapes = shapes_of(model, "model states")
+    """The job, of the model states by file, torch's param groups and what ZeRO holds beside."""
+    model = next(iter(models.values()))
+    shapes: list[dict[str, None]] = []
+    for file, state in models.items():  # pipeline stages have parameters of their own
+        for k, group in enumerate(shapes_of(state, file)):
+            shapes += [{}] if k == len(shapes) else []
+            shapes[k] |= dict.fromkeys(group)
     groups: list[dict[str, Any]] = []
-    for k, group in enumerate(entries):
-        made = {n: encode(v) for n, v in group.items() if n not in ("params", "step")}
+    for number, entry in enumerate(entries):
+        made = {n: encode(v) for n, v in entry.items() if n not in ("params", "step")}
         # Each of torch's parameters is a flat buffer, for which there are shapes.
-        flat = group.get("params", [k])
+        flat = entry.get("params", [number])
         known = all(isinstance(i, int) and i < len(shapes) for i in flat)
         made["params"] = [name for i in flat for name in shapes[i]] if known else []
         groups.append(made)
@@ -72,7 +88,9 @@ def job_of(
     beside = {key: encode(held[key]) for key in scaling if key in held}
     scheduler = model.get("lr_scheduler")
     kept = {k: encode(v) for k, v in model.items() if k not in _TENSORS and _small(v)}
-    others = {"deepspeed": {"model": kept, "optimizer": beside}}
+    others: dict[str, Any] = {"deepspeed": {"model": kept, "optimizer": beside, "tag": found.tag}}
+    if found.keys:
+        others["deepspeed"]["parameters"] = {n: encode(said) for n, said in found.keys.items()}
     shared = model.get("shared_params")
     if shared:
         others["shared_params"] = dict(shared)

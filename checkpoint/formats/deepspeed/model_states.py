@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from ....ir import InvalidInput
 from ...contents import (
     BUFFER,
     MASTER,
@@ -17,6 +18,8 @@ from ...pickles import (
     Size,
     Tensor,
     decode,
+    dumps,
+    encode,
     hole,
 )
 from ...placement import shard_of, shard_shape
@@ -28,6 +31,8 @@ from .planning import (
     flat_groups,
     place_of,
 )
+from .splitting import split_info
+from .tensor_ranks import INFO
 
 
 def model_files(plan: Plan, rank: int, files: Files) -> None:
@@ -47,6 +52,7 @@ def model_files(plan: Plan, rank: int, files: Files) -> None:
         if (MASTER, name) in plan.wants and (WEIGHT, alias) not in plan.wants
     }
     sharded = plan.stage == 3
+    info = split_info(plan) if plan.mesh.get("tp", 1) > 1 else None
     for data_rank in range(plan.data_ranks if sharded else 1):
         module = Ordered()
         places: list[Place] = []
@@ -89,6 +95,7 @@ def model_files(plan: Plan, rank: int, files: Files) -> None:
             "frozen_param_fragments": fragments,
             "lr_scheduler": decode(dict(plan.job.scheduler)) or None,
             **counted(plan),
+            **({INFO: info} if info is not None else {}),
         }
         name = f"mp_rank_{rank:02d}_model_states.pt"
         if sharded:
@@ -99,9 +106,9 @@ def model_files(plan: Plan, rank: int, files: Files) -> None:
 def counted(plan: Plan) -> dict[str, Any]:
     """Counters, sizes and what a DeepSpeed source held beside them."""
     kept = {
-        key: decode(value)
+        key: _client_state(plan, key, decode(value))
         for key, value in plan.kept.items()
-        if key not in ("ds_config", "param_shapes", "universal_checkpoint_info")
+        if key not in ("ds_config", "param_shapes", INFO)
     }
     step = plan.job.step or 0
     config = decode(plan.kept.get("ds_config")) or {}
@@ -123,6 +130,21 @@ def counted(plan: Plan) -> dict[str, Any]:
         "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": tp},
         "ds_config": {**config, "zero_optimization": zero},
     }
+
+
+def _client_state(plan: Plan, key: str, value: Any) -> Any:
+    """A user's value as it was, or, where loading it would call what is no class of a library that
+    is known, as plain values that say what it was (`encode`), if that is asked for."""
+    try:
+        dumps(value)
+    except InvalidInput as error:
+        if plan.inert:
+            return encode(value)
+        raise InvalidInput(
+            f"client state {key}: {error}. With --set foreign=data it is written as plain values "
+            "that say what it was"
+        ) from None
+    return value
 
 
 def _whole(plan: Plan, key: Key, at: Mapping[str, int], places: list[Place]) -> Tensor:

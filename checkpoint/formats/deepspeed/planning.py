@@ -87,6 +87,8 @@ class Plan:
     stage: int
     tag: str
     mesh: Mapping[str, int]
+    inert: bool = False
+    """Pieces of client state that a pickle would call are written as plain values."""
 
     @property
     def buffers(self) -> list[str]:
@@ -208,8 +210,28 @@ def plan_of(wanted: Sequence[Wanted], job: Job, options: Options, universal: boo
         )
     groups, entries = groups_of(trained, job, options.flags.get("order"))
     order = [name for group in groups for name in group]
-    tag = options.tag or f"global_step{job.step or 0}"
-    return Plan(wants, order, groups, entries, moments, job, stage, tag, mesh)
+    tag = _tag(job, options)
+    return Plan(wants, order, groups, entries, moments, job, stage, tag, mesh, _inert(options))
+
+
+def _inert(options: Options) -> bool:
+    said = options.flags.get("foreign", "")
+    if said not in ("", "data"):
+        raise InvalidInput(f"foreign={said}: expected data")
+    return bool(said == "data")
+
+
+def _tag(job: Job, options: Options) -> str:
+    """The step's name: as it is asked for, or that of the source, or DeepSpeed's default.
+
+    Raises InvalidInput for what is no name of a directory.
+    """
+    kept = job.others.get("deepspeed")
+    own = kept.get("tag") if isinstance(kept, dict) else None
+    said = str(options.tag or options.flags.get("tag") or own or f"global_step{job.step or 0}")
+    if said in (".", "..") or "/" in said or "\0" in said or not said.isprintable():
+        raise InvalidInput(f"tag={said!r}: expected the name of a directory, as global_step100")
+    return said
 
 
 def _stage_of(job: Job) -> int:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ....ir import CorruptCheckpoint, InvalidInput
 from ...boxes import Boxes, flat_range, row_major
-from ...contents import BUFFER, MASTER, WEIGHT, Array, Key, Record
+from ...contents import BUFFER, MASTER, WEIGHT, Key, Record
 from ...pickles import (
     StandIn,
     Storage,
@@ -28,7 +26,7 @@ from .flat import Piece, partitions, slices
 Shapes = dict[str, tuple[int, ...]]
 
 _LARGE = {"module", "optimizer", "optimizer_state_dict", "frozen_param_fragments"}
-_BESIDE_BYTES = 1 << 20
+_BESIDE_BYTES = 64 << 20
 """Up to which size tensors of a user's own (RNG states) are read as values; in what is `_LARGE`
 only single numbers are (the step)."""
 
@@ -44,6 +42,9 @@ class Found:
     dtypes: dict[Key, str] = field(default_factory=dict)
     steps: dict[str, dict[int, float]] = field(default_factory=dict)
     """By file, the step of each of its groups."""
+    keys: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By parameter, what DeepSpeed's universal form says beside it (`cat_dim`, …)."""
+    tag: str = ""
     kept: list[Storage] = field(default_factory=list)
     unread: list[Record] = field(default_factory=list)
     """Storages of all files whose CRCs nobody has checked yet."""
@@ -138,9 +139,10 @@ def loaded(directory: Directory, name: str, unread: list[Record]) -> dict[str, A
 
 
 def loaded_file(
-    root: Path, name: str, unread: list[Record], large: Collection[str] = _LARGE
+    root: Path, name: str, unread: list[Record], large: Collection[str] | None = _LARGE
 ) -> dict[str, Any]:
-    """A file's dict; tensors beside the `large` entries have their bytes, if they are small.
+    """A file's dict; tensors beside the `large` entries (None: all are) have their bytes, if they
+    are small.
 
     Appends to `unread` what has not been checked of the file.
     """
@@ -151,7 +153,7 @@ def loaded_file(
         if not isinstance(value, dict):
             raise CorruptCheckpoint(f"{name}: holds {type(value).__name__}, expected a dict")
         return {
-            key: file.loaded(item, 64 if key in large else _BESIDE_BYTES)
+            key: file.loaded(item, 64 if large is None or key in large else _BESIDE_BYTES)
             for key, item in value.items()
         }
 
@@ -310,6 +312,14 @@ def _stage3(
             f"{file}: partitioned among {held['partition_count']} of {data_ranks} ranks (MiCS or "
             "experts of their own data parallelism), which is not read"
         )
+    for group in sequence_of(held.get("ds_zero_partition_groups") or (), f"{file}: groups"):
+        known = isinstance(group, dict) and group.get("partition_count") == data_ranks
+        said = group.get("partition_rank", data_rank) if known else data_rank
+        if said != data_rank:
+            raise CorruptCheckpoint(
+                f"{file}: says that it is of data rank {said}: files have been swapped or renamed; "
+                "give them their names back"
+            )
     shapes = {name: shape for group in groups for name, shape in group.items()}
     masters = list(sequence_of(held.get("fp32_flat_groups"), f"{file}: fp32_flat_groups"))
     sizes = [tensor.numel for tensor in masters]
@@ -343,49 +353,3 @@ def _stage3(
             step = scalar(entries[0]["step"])
         if step is not None:
             found.steps.setdefault(file, {})[k] = float(step)
-
-
-def arrays_of(found: Found, tensor_ranks: int) -> dict[Key, Array]:
-    """The arrays of everything found; shards of tensor ranks have the axis `tp` in front."""
-    made: dict[Key, Array] = {}
-    for key, by_rank in found.pieces.items():
-        ranks = sorted(by_rank)
-        shape = found.shapes[key][ranks[0]]
-        dtype = found.dtypes[key]
-        if tensor_ranks == 1:
-            boxes = Boxes.joined([b for rank in ranks for b in by_rank[rank]], len(shape))
-            made[key] = Array(*key, shape, dtype, _giving(boxes))
-            continue
-        others = {found.shapes[key][rank] for rank in ranks}
-        if len(others) > 1 or len(ranks) != tensor_ranks:
-            raise InvalidInput(
-                f"{key[1]} ({key[0]}): shards {sorted(others)} on {len(ranks)} of {tensor_ranks} "
-                "tensor ranks; unequal shards are not read"
-            )
-        tables = [
-            _in_front(Boxes.joined(by_rank[rank], len(shape)), place)
-            for place, rank in enumerate(ranks)
-        ]
-        boxes = Boxes.joined(tables, len(shape) + 1)
-        made[key] = Array(*key, (tensor_ranks, *shape), dtype, _giving(boxes), axes=("tp",))
-    return made
-
-
-def _in_front(boxes: Boxes, place: int) -> Boxes:
-    """Boxes with the rank as a first dim."""
-    rows = len(boxes)
-
-    def column(value: int) -> Any:
-        return np.full((rows, 1), value, np.int64)
-
-    return Boxes(
-        np.concatenate([column(place), boxes.begin], 1),
-        np.concatenate([column(1), boxes.size], 1),
-        np.concatenate([column(0), boxes.stride], 1),
-        boxes.record,
-        boxes.offset,
-    )
-
-
-def _giving(boxes: Boxes) -> Callable[[], Boxes]:
-    return lambda: boxes
