@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import deepspeed_plain  # noqa: F401
 import rank_end
 import torch
 import torch.distributed as dist

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
+import deepspeed_plain  # noqa: F401
 import rank_end
 import torch
 import torch.distributed as dist
