@@ -126,7 +126,8 @@ class Contents:
 
     `facts` are sizes of the model that the checkpoint tells (`num_attention_heads`,
     `num_query_groups`, …): layouts find the sizes of factors in them. `files` are all files that
-    belong to it with their sizes in bytes, also those without arrays.
+    belong to it with their sizes in bytes, also those without arrays. `conventions` are facts of
+    how this one is stored: layouts read with them, and what is made of it knows nothing of them.
     """
 
     format: str
@@ -138,6 +139,7 @@ class Contents:
     mesh: Mapping[str, int] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    conventions: Mapping[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

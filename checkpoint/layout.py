@@ -114,7 +114,7 @@ class Layout:
     def _pieces(
         self, contents: Contents, given: Mapping[str, Any] | None, used: set[int]
     ) -> list[Piece]:
-        known = {**contents.facts, **contents.mesh, **(given or {})}
+        known = {**contents.facts, **contents.conventions, **contents.mesh, **(given or {})}
         own = {name: name for name, size in (given or {}).items() if type(size) is int}
         spec = self.spec.model_copy(update={"sizes": {**self.spec.sizes, **own}})
         stored = [self._plainly_named(array) for array in contents.arrays.values()]
@@ -254,7 +254,7 @@ class Layout:
         grouped, taken, lacking = Names(names), set[str](), dict[str, str]()
         found = []
         for rule in self.rules:
-            if any(not said.startswith("not ") for said in rule.when):
+            if any("=" not in said and not said.startswith("not ") for said in rule.when):
                 continue
             for captures, counts in rule.groups(grouped, taken, lacking):
                 taken |= rule.members(captures, counts)
@@ -339,6 +339,8 @@ def choose_target_layout(format_name: str, logical: Sequence[Key]) -> Layout:
     fitting = []
     specs = [spec for one in builtin() if format_name in (spec := read_spec(one)).formats]
     for spec in specs:
+        if spec.read_only:
+            continue
         layout = Layout.of(spec)
         stored = layout.stored_names(names)
         if stored is None:

@@ -76,6 +76,9 @@ class Names:
         for name in names:
             self._by_template.setdefault(template(name), []).append(name)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_template.get(template(name), ())
+
     def matching(self, pattern: Pattern) -> list[tuple[str, Captures]]:
         """All names of a pattern, with what the captures are."""
         if pattern.texts:

@@ -50,6 +50,7 @@ class Rule:
     types: tuple[Type, ...]
     pad: Mapping[str, int | str]
     when: tuple[str, ...]
+    beside: tuple[Pattern, ...]
     states: tuple[str, ...]
 
     def __hash__(self) -> int:
@@ -59,10 +60,7 @@ class Rule:
         """Whether the rule is for a state of this checkpoint."""
         if self.states and state not in self.states:
             return False
-        return all(
-            not facts.get(said[4:]) if said.startswith("not ") else bool(facts.get(said))
-            for said in self.when
-        )
+        return all(_holds(said, facts) for said in self.when)
 
     @cached_property
     def part_patterns(self) -> tuple[Pattern, ...]:
@@ -119,6 +117,8 @@ class Rule:
             for name, captures in names.matching(pattern):
                 if name in taken:
                     continue
+                if any(beside.filled(captures) not in names for beside in self.beside):
+                    continue
                 key = tuple(captures[c] for c in self.outer)
                 found.setdefault(key, []).append(name)
                 many = counts.setdefault(key, dict.fromkeys(inner, 0))
@@ -154,6 +154,13 @@ class Rule:
         if said in self.variants:
             chosen = self.variants.index(str(said))
         return [Pattern(text).filled(captures) for text in (self.patterns[chosen].text, *self.also)]
+
+
+def _holds(said: str, facts: Mapping[str, Any]) -> bool:
+    name, equals, value = said.partition("=")
+    if equals:
+        return str(facts.get(name, "")) == value
+    return not facts.get(said[4:]) if said.startswith("not ") else bool(facts.get(said))
 
 
 def rules_of(spec: Spec) -> tuple[Rule, ...]:
@@ -226,6 +233,7 @@ def _parsed(spec: Spec, tensor: Tensor, named: Mapping[str, str]) -> Rule:
         types=tuple(shifted),
         pad=tensor.pad,
         when=tuple(tensor.when),
+        beside=tuple(Pattern(text) for text in tensor.beside),
         states=tuple(tensor.states),
     )
 

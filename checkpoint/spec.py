@@ -33,8 +33,9 @@ class Tensor(_Strict):
 
     `stored` is a name, or names by variant. `logical` is `NAME` or `NAME as DIMS` of the one part;
     `parts` have those of several by their names in the slot of `dims`. `types` are by mesh axis,
-    outermost first. `when` lists facts that must be true (`not FACT`: false). `also` names further
-    stored arrays that are copies. `states`: the rule is for these only.
+    outermost first. `when` lists facts that must be true (`not FACT`: false, `FACT=VALUE`: that).
+    `beside` lists logical tensors that must be there for the rule to be written. `also` names
+    further stored arrays that are copies. `states`: the rule is for these only.
     """
 
     stored: str | dict[str, str]
@@ -44,6 +45,7 @@ class Tensor(_Strict):
     types: dict[str, str | list[str]] = Field(default_factory=dict)
     pad: Sizes = Field(default_factory=dict)
     when: list[str] = Field(default_factory=list)
+    beside: list[str] = Field(default_factory=list)
     also: list[str] = Field(default_factory=list)
     states: list[str] = Field(default_factory=list)
 
@@ -65,6 +67,7 @@ class Spec(_Strict):
     `extends` another, whose rules come after its own. `stack`: factors that are taken out of the
     stored names (with what stands around them) and become the first dim. `needs`: names that a
     checkpoint must have for this layout to be chosen unasked, `without`: that it must not have.
+    `read_only`: it is chosen unasked for what is read, not for what is written.
     """
 
     layout: str
@@ -79,6 +82,7 @@ class Spec(_Strict):
     without: list[str] = Field(default_factory=list)
     ignore: list[str] = Field(default_factory=list)
     strict: bool = False
+    read_only: bool = False
     default_types: dict[str, Literal["R", "S(0)", "S(1)", "P(mean)", "P(sum)"]] = Field(
         default_factory=dict
     )

@@ -336,3 +336,61 @@ def test_names_alone_make_no_layout_fit() -> None:
     contents = Contents("megatron", Path(), {}, [], arrays)
     with pytest.raises(InvalidInput, match=r"factor f is 192 in .*linear_fc1.weight and 96 in"):
         load_layout("megatron-gpt2").logical(contents)
+
+
+def deepseek(latent: bool) -> Values:
+    """A dense layer and one of experts, two of them; attention latent or with grouped heads."""
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (16, 8), "norm": (8,)}
+    for i in range(2):
+        attention = (
+            {"q_a_proj": (4, 8), "q_a_layernorm": (4,), "q_b_proj": (12, 4), "o_proj": (8, 8),
+             "kv_a_proj_with_mqa": (6, 8), "kv_a_layernorm": (4,), "kv_b_proj": (16, 4)}
+            if latent
+            else {"q_proj": (8, 8), "k_proj": (8, 8), "v_proj": (8, 8), "o_proj": (8, 8)}
+        )  # fmt: skip
+        own = {f"self_attn.{name}": shape for name, shape in attention.items()}
+        own |= {"input_layernorm": (8,), "post_attention_layernorm": (8,)}
+        sizes = {"mlp": 8}
+        if i:
+            own["mlp.gate"] = (2, 8)
+            sizes = {"mlp.experts.0": 4, "mlp.experts.1": 4, "mlp.shared_experts": 12}
+        for at, ffn in sizes.items():
+            own |= {f"{at}.gate_proj": (ffn, 8), f"{at}.up_proj": (ffn, 8)}
+            own |= {f"{at}.down_proj": (8, ffn)}
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in own.items()}
+    draw = np.random.default_rng(5)
+    made = {
+        ("weight", f"model.{name}.weight"): draw.normal(size=shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    made["weight", "lm_head.weight"] = draw.normal(size=(16, 8)).astype(np.float32)
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    made["weight", bias] = np.arange(2, dtype=np.float32)
+    return made
+
+
+FUSED, APART = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
+NORMS = {
+    ("", "transformer_engine", True): (FUSED, APART),
+    ("", "transformer_engine", False): (FUSED, APART),
+    ("", "local", True): (APART, APART),
+    ("dist-", "transformer_engine", True): (FUSED, APART),
+    ("dist-", "local", True): (APART, APART),
+    ("dist-", "local", False): (FUSED, FUSED),
+}
+"""(layout, layers, latent): the norm before the MLP of the dense layer, of that of experts."""
+
+
+@pytest.mark.parametrize("case", NORMS)
+def test_layers_that_differ_are_named_by_what_is_beside_them(case) -> None:
+    """As megatron-core's layer specs name them (`get_gpt_decoder_block_spec`)."""
+    kind, layers, latent = case
+    layout = load_layout(f"megatron-{kind}deepseek")
+    values = deepseek(latent)
+    facts = {"transformer_impl": layers, "num_query_groups": 2, "kv_channels": 4,
+             "make_vocab_size_divisible_by": 4}  # fmt: skip
+    store = write(values, layout, {"tp": 2}, facts)
+    same(read(store, layout), values)
+    names = {name for _, name in store.contents.arrays}
+    for i, norm in enumerate(NORMS[case]):
+        assert f"decoder.layers.{i}.{norm}" in names

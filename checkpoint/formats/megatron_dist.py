@@ -1,9 +1,9 @@
 """Megatron's `torch_dist`: a DCP directory, with `common.pt` for what is no tensor, and
 `metadata.json`, which is written last and says that the checkpoint is whole.
 
-The optimizer's state is read and written as `fully_reshardable`, under `optimizer.state.KIND.NAME`
-in the shapes of the model. `dp_reshardable` keeps the flat buckets of each pipeline and tensor rank
-without names, and is refused: Megatron has to save it again.
+The optimizer's state is written as `fully_reshardable`, under `optimizer.state.KIND.NAME` in the
+shapes of the model, and read as that or as `dp_reshardable`, which keeps the flat buckets of each
+model-parallel rank without names (`megatron/flat_state.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from ...ir import CorruptCheckpoint, InvalidInput
 from ..boxes import Boxes
 from ..contents import (
+    BUFFER,
     EXP_AVG,
     EXP_AVG_SQ,
     MASTER,
@@ -34,22 +35,26 @@ from ..contents import (
     with_unread,
 )
 from ..paths import sizes, within
-from ..pickles import decode, encode, lay_out, read_torch
+from ..pickles import decode, encode, fields_of, lay_out, read_torch
 from . import Options
 from .dcp.items import Files
 from .dcp.metadata import FILE, Metadata, load
 from .dcp.writing import Entry, Thing, lay_out_directory, pieces
 from .megatron import training
+from .megatron.flat_state import is_flat, read_flat
 from .megatron.iterations import chosen, iterations
+from .megatron.model_order import is_trained
 
 COMMON, MARKER = "common.pt", "metadata.json"
 
 _STATES = {"param": MASTER, "fp32_param": MASTER, "exp_avg": EXP_AVG, "exp_avg_sq": EXP_AVG_SQ}
 _OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+)\.(.+)")
-_FLAT = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.")
 _EXTRA = "._extra_state"
 _KEPT = "extra_state"
-_LINEAR = re.compile(r"(decoder\.layers\.(?:\d+\.)?.*linear_(?:qkv|proj|fc1|fc2))\.weight")
+_LINEAR = re.compile(
+    r"(decoder\.layers\.(?:\d+\.)?.*linear_(?:(?:(?:q|kv)_)?(?:(?:up|down)_)?proj|qkv|fc1|fc2))"
+    r"\.weight"
+)
 
 
 def found(root: Path) -> str | None:
@@ -65,17 +70,18 @@ def read(root: Path, options: Options) -> Contents:
     root = chosen(root, options.tag, MARKER)
     _check_marker(root)
     metadata = load(root)
-    flat = next((name for name in metadata.tensors if _FLAT.match(name)), None)
-    if flat is not None:
-        raise InvalidInput(
-            f"{root}: the optimizer is saved as dp_reshardable (flat buckets without names, as "
-            f"{flat}); save once more with --dist-ckpt-optim-fully-reshardable"
-        )
+    common = read_torch(within(root, COMMON), COMMON) if (root / COMMON).is_file() else {}
+    mesh: dict[str, int] = {}
     with Files(root) as files:
         files.check(metadata.items)
         arrays, extra = _sorted_out(metadata, files)
+        if any(is_flat(name) for name in metadata.tensors):
+            flat = read_flat(metadata, files, fields_of(common.get("args")))
+            same = all(a.dtype == "F32" for (state, _), a in arrays.items() if state == WEIGHT)
+            arrays |= {k: a for k, a in flat.arrays.items() if not (same and k[0] == MASTER)}
+            mesh |= flat.mesh
+            common = {**common, "optimizer": flat.optimizers}
         records: tuple[Record, ...] = with_unread(files.records, files.unread)
-    common = read_torch(within(root, COMMON), COMMON) if (root / COMMON).is_file() else {}
     job = training.job_of(common, arrays)
     others = dict(job.others)
     if extra:
@@ -83,7 +89,6 @@ def read(root: Path, options: Options) -> Contents:
     facts = training.facts_of(common.get("args"))
     if "num_layers" not in facts and (layers := _layers(arrays)):
         facts["num_layers"] = layers
-    mesh: dict[str, int] = {}
     return Contents(
         "megatron-dist",
         root,
@@ -93,6 +98,7 @@ def read(root: Path, options: Options) -> Contents:
         replace(job, others=others),
         mesh,
         facts,
+        tuple(training.notes_of(facts)),
     )
 
 
@@ -111,15 +117,18 @@ def _check_marker(root: Path) -> None:
 
 
 def _sorted_out(metadata: Metadata, files: Files) -> tuple[dict[Key, Array], dict[str, Any]]:
-    plain = {name for name in metadata.tensors if not _OPTIMIZER.match(name)}
-    weights_are_f32 = all(metadata.tensors[name].dtype == "F32" for name in plain)
+    model = {n: t for n, t in metadata.tensors.items() if not _OPTIMIZER.match(n)}
+    weights = [t for n, t in model.items() if is_trained(n) and not is_flat(n)]
+    weights_are_f32 = all(tensor.dtype == "F32" for tensor in weights)
     arrays: dict[Key, Array] = {}
     extra: dict[str, Any] = {}
     for fqn, tensor in metadata.tensors.items():
-        state, name = WEIGHT, fqn
+        if is_flat(fqn):
+            continue
+        state, name = WEIGHT if is_trained(fqn) else BUFFER, fqn
         if matched := _OPTIMIZER.match(fqn):
             state, name = _STATES.get(matched[1], matched[1]), matched[2]
-        if state == MASTER and weights_are_f32 and name in plain:
+        if state == MASTER and weights_are_f32 and name in model:
             continue  # the model's own weights once more
         boxes = files.boxes(fqn, tensor)
         array = Array(state, name, tensor.shape, tensor.dtype, _giving(boxes))
@@ -199,7 +208,7 @@ def _entry(wanted: Wanted, options: Options, loads: list[int]) -> Entry:
     key = wanted.name
     if wanted.state != WEIGHT:
         kinds = {MASTER: "param", EXP_AVG: "exp_avg", EXP_AVG_SQ: "exp_avg_sq"}
-        if wanted.state == "buffer":
+        if wanted.state == BUFFER:
             pass
         elif wanted.state not in kinds:
             raise InvalidInput(
@@ -219,8 +228,8 @@ def _extra_states(wanted: Sequence[Wanted], job: Job) -> list[Thing]:
             matched = _LINEAR.fullmatch(one.name)
             if matched is None or one.state != WEIGHT:
                 continue
-            lead = 2 if ".experts.experts." in one.name else 1
-            counts = one.shape[:lead] if re.match(r"decoder\.layers\.\D", one.name) else ()
+            stacked = re.match(r"decoder\.layers\.\D", one.name) is not None
+            counts = one.shape[: stacked + (".experts.experts." in one.name)]
             for name in _shards(matched[1] + _EXTRA, counts):
                 kept[name] = [None]  # as Megatron says that a layer has none
     return [Thing(name, (name,), value) for name, value in kept.items()]

@@ -4,6 +4,9 @@
 iterations  which folder is read
 model_order what the ranks have, and the order in which Megatron registers parameters
 buckets     the flat buffers of the distributed optimizer
+ranks       folders and files of ranks; rank_places, whether each lies in its own
+old_names   of Megatron before its core
+flat_state  the optimizer of torch_dist as flat buckets
 training    arguments, param groups, schedule
 reading, writing   both directions
 
@@ -19,7 +22,7 @@ from pathlib import Path
 from ...contents import Contents, Job, Target, Wanted
 from .. import Options
 from .iterations import iterations
-from .reading import MODEL, RANKS
+from .ranks import MODEL, RANKS
 from .reading import read as _read
 from .writing import target as _target
 

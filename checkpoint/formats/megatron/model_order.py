@@ -20,11 +20,15 @@ _EXPERT = re.compile(r"(.*\.experts\.(?:local_experts\.|linear_fc[12]\.(?:weight
 
 _IN_LAYER = [
     "input_layernorm", "self_attention.linear_proj", "self_attention.linear_qkv",
-    "self_attention.q_layernorm", "self_attention.k_layernorm", "pre_cross_attn_layernorm",
+    "self_attention.linear_q_proj", "self_attention.linear_q_down_proj",
+    "self_attention.linear_q_up_proj", "self_attention.linear_kv_down_proj",
+    "self_attention.linear_kv_up_proj", "self_attention.q_layernorm",
+    "self_attention.k_layernorm", "self_attention.kv_layernorm", "pre_cross_attn_layernorm",
     "pre_mlp_layernorm", "mlp.router", "mlp.experts.linear_fc1", "mlp.experts.linear_fc2",
     "mlp.experts.local_experts", "mlp.shared_experts", "mlp.linear_fc1", "mlp.linear_fc2",
 ]  # fmt: skip
-_KINDS = ["layer_norm_weight", "layer_norm_bias", "weight", "bias", "post_layernorm"]
+_UNTRAINED = ("expert_bias", "local_tokens_per_expert", "inv_freq")
+_KINDS = [".layer_norm_weight", ".layer_norm_bias", ".weight", ".bias"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,11 @@ def is_expert(name: str) -> bool:
     return ".mlp.experts." in name
 
 
+def is_trained(name: str) -> bool:
+    """Whether an optimizer has a state for it; other values of the model are buffers."""
+    return not name.endswith(_UNTRAINED)
+
+
 def ordered(names: Sequence[str]) -> list[str]:
     """Names in the order in which Megatron's modules register them."""
     return sorted(names, key=_place)
@@ -109,10 +118,13 @@ def _place(name: str) -> tuple[int, ...]:
     group = next((k for k, part in enumerate(_IN_LAYER) if inside.startswith(part)), None)
     if group is None:
         raise InvalidInput(
-            f"{name}: its place in Megatron's model is not known, so the optimizer's flat buffer "
-            "cannot be laid out; write megatron-dist, or the weights only"
+            f"{name}: its place in Megatron's model is not known, so there is no telling where it "
+            "is in the optimizer's flat buffers; use torch_dist as fully_reshardable, or the "
+            "weights only"
         )
-    kind = next((k for k, part in enumerate(_KINDS) if part in inside.split(".", 1)[1]), 9)
+    kind = next((k for k, part in enumerate(_KINDS) if part in inside), len(_KINDS))
+    if ".post_layernorm." in inside:  # registered after the layer that it is in
+        kind += len(_KINDS)
     expert = expert_of(name)
     linear = 1 if "linear_fc2" in inside else 0
     return (1, number, group, -1 if expert is None else expert, linear, kind)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,29 +33,26 @@ from .model_order import (
     OUTPUT,
     expert_of,
     is_expert,
+    is_trained,
     layer_of,
     with_expert,
     with_layer,
 )
+from .rank_places import check_places
+from .ranks import (
+    MODEL,
+    OPTIMIZER,
+    RANKS,
+    Rank,
+    experts_of,
+    mesh_of,
+    open_rank,
+    placed,
+    whole_experts,
+)
 
-MODEL, OPTIMIZER = "model_optim_rng.pt", "distrib_optim.pt"
-RANKS = "mp_rank_*"
-
-_FOLDER = re.compile(r"mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?")
+GROUPED = (".experts.weight1", ".experts.weight2")
 _STATES = {"param": MASTER, "exp_avg": EXP_AVG, "exp_avg_sq": EXP_AVG_SQ}
-_UNTRAINED = ("expert_bias", "local_tokens_per_expert", "inv_freq")
-
-
-@dataclass(frozen=True, slots=True)
-class Rank:
-    """A rank's folder, its place, and the parts of the model in it: (chunk, local name, tensor)."""
-
-    folder: str
-    tp: int
-    pp: int
-    ep: int
-    common: Mapping[str, Any]
-    chunks: Sequence[Mapping[str, Tensor]]
 
 
 @dataclass
@@ -67,18 +63,28 @@ class _Gathered:
     dtype: str
     rows: list[tuple[Any, Any, Any, int, int]] = field(default_factory=list)
 
+    def array(self, key: Key, tensor_ranks: int) -> Array:
+        """Of so many shards; of none, what every tensor rank that has it has whole."""
+        if tensor_ranks:
+            shape = (tensor_ranks, *self.shape)
+            return Array(*key, shape, self.dtype, lambda: Boxes.of(self.rows, 1 + len(self.shape)),
+                         axes=("tp",))  # fmt: skip
+        bare = [(b[1:], s[1:], t[1:], r, o) for b, s, t, r, o in self.rows]
+        return Array(*key, self.shape, self.dtype, lambda: Boxes.of(bare, len(self.shape)))
+
 
 def read(root: Path, options: Options) -> Contents:
     """As `megatron.read`."""
     root = chosen(root, options.tag, RANKS)
     unread: list[Record] = []
-    found = [_rank(root, path.name, unread) for path in sorted(root.glob(RANKS))]
-    ranks = _placed(found, root, options)
-    mesh = _mesh(ranks, root)
+    found = [open_rank(root, path.name, unread) for path in sorted(root.glob(RANKS))]
+    ranks = placed(found, root, options)
+    mesh = mesh_of(ranks, root)
+    check_places(root, ranks, mesh)
     first = ranks[0]
     facts = training.facts_of(first.common.get("args"))
     offsets = _layer_offsets(ranks)
-    experts = max((len(_experts(rank)) for rank in ranks), default=0)
+    experts = max((len(experts_of(rank)) for rank in ranks), default=0)
     gathered: dict[Key, _Gathered] = {}
     records: list[Record] = []
     numbers: dict[Record, int] = {}
@@ -98,11 +104,12 @@ def read(root: Path, options: Options) -> Contents:
             }
             named.append(names)
             for name, tensor in tensors.items():
-                state = WEIGHT if tensor.dtype[0] in "FB" and not _untrained(name) else BUFFER
+                state = WEIGHT if tensor.dtype[0] in "FB" and is_trained(name) else BUFFER
                 assert tensor.storage.record is not None
-                _add(gathered, (state, names[name]), rank, tensor, number(tensor.storage.record))
+                key = (state, names[name])
+                _add(gathered, key, rank, tensor, number(tensor.storage.record), mesh["ep"])
         whole_names[place] = named
-    notes = []
+    notes = training.notes_of(facts)
     if any((root / rank.folder / OPTIMIZER).is_file() for rank in ranks):
         tied = bool(facts.get("tie_word_embeddings"))
         for place, rank in enumerate(ranks):
@@ -110,12 +117,13 @@ def read(root: Path, options: Options) -> Contents:
             _optimizer(root, rank, names_of, mesh, tied, options, gathered, number, unread)
     elif isinstance(first.common.get("optimizer"), dict) and fields_of(first.common.get("args")):
         notes.append("the optimizer's state is not in distrib_optim.pt: weights only are read")
+    not_split = whole_experts(first, mesh)
     arrays = {
-        key: Array(*key, (mesh["tp"], *held.shape), held.dtype, _giving(held), axes=("tp",))
+        key: held.array(key, 0 if not_split and is_expert(key[1]) else mesh["tp"])
         for key, held in gathered.items()
     }
     version = float(first.common.get("checkpoint_version", 0))
-    facts |= {"qkv_by_kind": version == 0, "qkv_kind_innermost": version == 1}
+    conventions = {"qkv_by_kind": version < 1, "qkv_kind_innermost": 1 <= version < 2}
     weights = {name for state, name in arrays if state == WEIGHT}
     if any(name.endswith(".input_layernorm.weight") for name in weights):
         facts["transformer_impl"] = "local"
@@ -125,115 +133,10 @@ def read(root: Path, options: Options) -> Contents:
     if "tie_word_embeddings" not in facts:
         facts["tie_word_embeddings"] = OUTPUT not in weights
     job = training.job_of(first.common, arrays)
-    held_records = with_unread(records, unread)
     return Contents(
-        "megatron", root, sizes(root), held_records, arrays, job, mesh, facts, tuple(notes)
-    )
-
-
-def _giving(held: _Gathered) -> Any:
-    return lambda: Boxes.of(held.rows, 1 + len(held.shape))
-
-
-def _rank(root: Path, folder: str, unread: list[Record]) -> Rank:
-    path = root / folder / MODEL
-    matched = _FOLDER.fullmatch(folder)
-    if matched is None:
-        raise CorruptCheckpoint(f"{root / folder}: expected mp_rank_TP[_PP][_EP]")
-    with open_torch(path, f"{folder}/{MODEL}") as file:
-        unread.extend(file.unread)
-        value = file.loaded(file.value, 0)
-    if not isinstance(value, dict):
-        raise CorruptCheckpoint(f"{path}: expected a dict with `model`, found {type(value)}")
-    keys = sorted((k for k in value if re.fullmatch(r"model\d*", str(k))), key=_number)
-    if not keys:
-        raise CorruptCheckpoint(f"{path}: no `model` in it; it has {', '.join(map(str, value))}")
-    chunks = [dict(_tensors(value[key], "")) for key in keys]
-    second, third = matched[2], matched[3]
-    places = [int(matched[1]), int(second or -1), int(third or -1)]
-    common = {k: v for k, v in value.items() if k not in keys}
-    return Rank(folder, places[0], places[1], places[2], common, chunks)
-
-
-def _number(key: str) -> int:
-    return int(key.removeprefix("model") or 0)
-
-
-def _tensors(value: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested dicts by their joined names."""
-    if not isinstance(value, dict):
-        return
-    for key, item in value.items():
-        name = f"{prefix}{key}"
-        if isinstance(item, Tensor):
-            yield name.removeprefix("module."), item
-        elif isinstance(item, dict):
-            yield from _tensors(item, f"{name}.")
-
-
-def _placed(ranks: Sequence[Rank], root: Path, options: Options) -> list[Rank]:
-    """Ranks with their places; the one number after tp is a stage, or one of `ep`."""
-    if not ranks:
-        raise CorruptCheckpoint(f"{root}: no {RANKS}; it is not whole")
-    args = fields_of(ranks[0].common.get("args"))
-    given = {**options.mesh}
-    single = any(r.pp >= 0 and r.ep < 0 for r in ranks)
-    is_expert_number = False
-    if single:
-        pp = given.get("pp", args.get("pipeline_model_parallel_size"))
-        ep = given.get("ep", args.get("expert_model_parallel_size"))
-        if pp is not None and ep is not None and (pp > 1) != (ep > 1):
-            is_expert_number = ep > 1
-        else:
-            whole = all(
-                EMBEDDING in r.chunks[0] and "decoder.final_layernorm.weight" in r.chunks[-1]
-                for r in ranks
-            )
-            several = len({r.pp for r in ranks}) > 1
-            if several and whole and not any(_experts(r) for r in ranks):
-                raise InvalidInput(
-                    f"{root}: in {ranks[-1].folder} the second number may be of a pipeline stage "
-                    "or of expert parallelism; say which with --mesh pp=… or --mesh ep=…"
-                )
-            is_expert_number = whole and several
-    found = []
-    for rank in ranks:
-        pp, ep = rank.pp, rank.ep
-        if is_expert_number:
-            pp, ep = 0, rank.pp
-        found.append(Rank(rank.folder, rank.tp, max(pp, 0), max(ep, 0), rank.common, rank.chunks))
-    return found
-
-
-def _mesh(ranks: Sequence[Rank], root: Path) -> dict[str, int]:
-    """The sizes of the axes; raises CorruptCheckpoint where a rank is missing, or of another
-    save."""
-    mesh = {axis: 1 + max(getattr(rank, axis) for rank in ranks) for axis in ("tp", "pp", "ep")}
-    there = {(rank.tp, rank.pp, rank.ep) for rank in ranks}
-    for tp in range(mesh["tp"]):
-        for pp in range(mesh["pp"]):
-            for ep in range(mesh["ep"]):
-                if (tp, pp, ep) not in there:
-                    raise CorruptCheckpoint(
-                        f"{root}: the folder of tp={tp}, pp={pp}, ep={ep} is missing, of a mesh of "
-                        f"{mesh}; restore it from another copy"
-                    )
-    args = fields_of(ranks[0].common.get("args"))
-    for axis, name in (("tp", "tensor"), ("pp", "pipeline")):
-        said = args.get(f"{name}_model_parallel_size", mesh[axis])
-        if said != mesh[axis]:
-            raise CorruptCheckpoint(
-                f"{root}: folders of {axis}={mesh[axis]}, but {ranks[0].folder} was saved with "
-                f"{axis}={said}; ranks are missing, or are of another save"
-            )
-    for rank in ranks[1:]:
-        for key in ("iteration", "checkpoint_version"):
-            if rank.common.get(key) != ranks[0].common.get(key):
-                raise CorruptCheckpoint(
-                    f"{root / rank.folder / MODEL}: {key} {rank.common.get(key)}, "
-                    f"{ranks[0].folder} has {ranks[0].common.get(key)}; saves are mixed"
-                )
-    return {**mesh, "vpp": len(ranks[0].chunks)}
+        "megatron", root, sizes(root), with_unread(records, unread), arrays, job, mesh, facts,
+        tuple(notes), conventions,
+    )  # fmt: skip
 
 
 def _layer_offsets(ranks: Sequence[Rank]) -> dict[tuple[int, int], int]:
@@ -250,12 +153,6 @@ def _layer_offsets(ranks: Sequence[Rank]) -> dict[tuple[int, int], int]:
     return found
 
 
-def _experts(rank: Rank) -> set[int]:
-    """The numbers of the experts that a rank has."""
-    found = (expert_of(name) for tensors in rank.chunks for name in tensors)
-    return {number for number in found if number is not None}
-
-
 def _whole(name: str, first_layer: int, first_expert: int) -> str:
     layer, expert = layer_of(name), expert_of(name)
     if layer is not None:
@@ -263,21 +160,43 @@ def _whole(name: str, first_layer: int, first_expert: int) -> str:
     return name if expert is None else with_expert(name, expert + first_expert)
 
 
-def _untrained(name: str) -> bool:
-    return name.endswith(_UNTRAINED)
+def _place(
+    name: str, shape: tuple[int, ...], rank: Rank, groups: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(where a rank's parameter begins, its shape), as an array of the whole model has it.
+
+    GroupedMLP keeps the experts of a rank in two matrices that it views by expert: `weight1` of
+    (hidden, experts · ffn) as (experts, hidden, ffn), `weight2` of (experts · ffn, hidden) as
+    (experts, ffn, hidden).
+    """
+    if not name.endswith(GROUPED):
+        return (0,) * len(shape), shape
+    args = fields_of(rank.common.get("args"))
+    count = int(args.get("num_experts") or 0) // groups
+    if len(shape) != 2 or not count or shape[name.endswith(GROUPED[0])] % count:
+        raise InvalidInput(
+            f"{rank.folder}: {name} of {shape} is of several experts, and args.num_experts="
+            f"{args.get('num_experts')} does not say how many"
+        )
+    rows, columns = shape
+    if name.endswith(GROUPED[0]):
+        return (rank.ep * count, 0, 0), (count, rows, columns // count)
+    return (rank.ep * count, 0, 0), (count, rows // count, columns)
 
 
-def _add(gathered: dict[Key, _Gathered], key: Key, rank: Rank, tensor: Tensor, record: int) -> None:
-    held = gathered.setdefault(key, _Gathered(tensor.shape, tensor.dtype))
-    if (held.shape, held.dtype) != (tensor.shape, tensor.dtype):
+def _add(
+    gathered: dict[Key, _Gathered], key: Key, rank: Rank, tensor: Tensor, record: int, groups: int
+) -> None:
+    begin, shape = _place(key[1], tensor.shape, rank, groups)
+    whole = (shape[0] * groups, *shape[1:]) if key[1].endswith(GROUPED) else shape
+    held = gathered.setdefault(key, _Gathered(whole, tensor.dtype))
+    if (held.shape, held.dtype) != (whole, tensor.dtype):
         raise CorruptCheckpoint(
             f"{rank.folder}/{MODEL}: {key[1]} is {tensor.dtype} {tensor.shape}, other ranks have "
             f"{held.dtype} {held.shape}"
         )
-    zeros = (0,) * len(tensor.shape)
-    held.rows.append(
-        ((rank.tp, *zeros), (1, *tensor.shape), (0, *tensor.stride), record, tensor.offset)
-    )
+    stride = tensor.stride if shape == tensor.shape else row_major(shape)
+    held.rows.append(((rank.tp, *begin), (1, *shape), (0, *stride), record, tensor.offset))
 
 
 # -------------------------------------------------------------- the optimizer
@@ -318,7 +237,7 @@ def _optimizer(
                 name
                 for name, tensor in tensors.items()
                 if tensor.dtype[0] in "FB"
-                and not _untrained(name)
+                and is_trained(name)
                 and (not apart or is_expert(name) == (place == 1))
             ]
             if own:
@@ -383,10 +302,9 @@ def _buffer(
         if flat.offset or flat.storage.nbytes != flat.numel * itemsize(flat.dtype):
             raise CorruptCheckpoint(f"{path}: {kind} is a view of a larger storage")
         for name in own:
-            shape = tensors[name].shape
+            begin, shape = _place(name, tensors[name].shape, rank, mesh["ep"])
             key = (state, names[name])
-            into = gathered.setdefault(key, _Gathered(shape, flat.dtype))
-            zeros = (0,) * len(shape)
-            into.rows.append(
-                ((rank.tp, *zeros), (1, *shape), (0, *row_major(shape)), record, laid.begin[name])
-            )
+            whole = (shape[0] * mesh["ep"], *shape[1:]) if name.endswith(GROUPED) else shape
+            into = gathered.setdefault(key, _Gathered(whole, flat.dtype))
+            stride = (0, *row_major(shape))
+            into.rows.append(((rank.tp, *begin), (1, *shape), stride, record, laid.begin[name]))

@@ -36,6 +36,16 @@ def facts_of(args: Any) -> dict[str, Any]:
     return {name: value for name, value in found.items() if not (_is_zero(name, value))}
 
 
+def notes_of(facts: Mapping[str, Any]) -> list[str]:
+    """What a user has to know of a run's weights to compute with them elsewhere."""
+    if not facts.get("apply_layernorm_1p"):
+        return []
+    return [
+        "norms hold their weights less one (apply_layernorm_1p), as Gemma does; other models of "
+        "Hugging Face need one added"
+    ]
+
+
 def _is_zero(name: str, value: Any) -> bool:
     # Sizes that Megatron fills in later (`padded_vocab_size`) say nothing while they are zero.
     return value == 0 and not isinstance(value, bool) and name.endswith(("size", "groups", "heads"))
@@ -110,11 +120,14 @@ def _arguments(args: Any, options: Options) -> StandIn:
     said = dict(fields_of(args)) or {
         key: value for key, value in facts.items() if isinstance(value, (bool, int, float, str))
     }
+    for name in ("rank", "local_rank", "world_size", "data_parallel_size"):
+        said.pop(name, None)  # of the rank that saved the source
     mesh = options.mesh
     said |= {
         "tensor_model_parallel_size": mesh.get("tp", 1),
         "pipeline_model_parallel_size": mesh.get("pp", 1),
         "expert_model_parallel_size": mesh.get("ep", 1),
+        "expert_tensor_parallel_size": mesh.get("etp", mesh.get("tp", 1)),
         "virtual_pipeline_model_parallel_size": mesh["vpp"] if mesh.get("vpp", 1) > 1 else None,
     }
     made = StandIn.__new__(named("argparse", "Namespace"))

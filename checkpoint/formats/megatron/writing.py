@@ -38,12 +38,14 @@ from .model_order import (
     chunks_of,
     expert_of,
     is_expert,
+    is_trained,
     layer_of,
     ordered,
     stage_names,
     with_expert,
 )
-from .reading import MODEL, OPTIMIZER
+from .rank_places import reseeded
+from .ranks import MODEL, OPTIMIZER
 
 _KINDS = {"param": MASTER, "exp_avg": EXP_AVG, "exp_avg_sq": EXP_AVG_SQ}
 
@@ -88,6 +90,11 @@ class _Model:
 def target(wanted: Sequence[Wanted], job: Job, options: Options) -> Target:
     """As `megatron.target`."""
     mesh = {axis: options.mesh.get(axis, 1) for axis in ("tp", "pp", "ep", "vpp")}
+    if options.mesh.get("etp", mesh["tp"]) != mesh["tp"]:
+        raise InvalidInput(
+            f"etp={options.mesh['etp']}, tp={mesh['tp']}: the legacy format is written with "
+            "experts on as many tensor ranks as the rest; write megatron-dist, which has any etp"
+        )
     by_key = {one.key: one for one in wanted}
     weights = [name for state, name in by_key if state in (WEIGHT, BUFFER)]
     moments = {name for state, name in by_key if state == EXP_AVG}
@@ -111,7 +118,8 @@ def target(wanted: Sequence[Wanted], job: Job, options: Options) -> Target:
         for tp in range(mesh["tp"]):
             for ep in range(mesh["ep"]):
                 folder = _folder(iteration, tp, pp, ep, mesh)
-                _model_file(laid, model, held, {"tp": tp, "ep": ep}, folder, common, job, moments)
+                own = reseeded(common, tp, pp)
+                _model_file(laid, model, held, {"tp": tp, "ep": ep}, folder, own, job, moments)
                 if moments:
                     _optimizer_file(laid, model, held, {"tp": tp, "ep": ep}, folder, options)
     tracker = Given(TRACKER, 0, str(iteration).encode())
@@ -154,7 +162,7 @@ def _check(
             raise InvalidInput(
                 f"{one.state} of {one.name}: Megatron keeps master, exp_avg and exp_avg_sq"
             )
-        if one.state == WEIGHT and moments and one.name not in moments:
+        if one.state == WEIGHT and moments and one.name not in moments and is_trained(one.name):
             raise InvalidInput(
                 f"{one.name} has no exp_avg, other parameters have one: the optimizer's flat "
                 "buffer holds every parameter; convert the weights only (--states weight)"
@@ -242,6 +250,7 @@ def _optimizer_file(
                 local: name
                 for local, name in names.items()
                 if (WEIGHT, name) in model.wanted
+                and is_trained(name)
                 and model.local(local, at["ep"]) is not None
                 and (experts is None or is_expert(name) == experts)
             }
