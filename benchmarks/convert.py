@@ -3,6 +3,7 @@
     python benchmarks/convert.py                    every part, one table
     python benchmarks/convert.py --part planning    or rates, memory, kills, corruptions
     python benchmarks/convert.py --part rates --repeat 5 --parameters 194.05e6
+    python benchmarks/convert.py --part memory --gigabytes 9      (takes twice that of the disk)
 
 CPU seconds are the stable number on a shared machine; rates are of the best of several runs, the
 copy taken in turns with the conversions.
@@ -235,6 +236,8 @@ def better(best: dict[str, Ran], name: str, run: Ran) -> None:
 
 
 def memory(work: Path, options: argparse.Namespace) -> list[tuple[str, str]]:
+    if options.gigabytes:
+        return large(work, options.gigabytes)
     total = write_shards(work / "columns", model(options.parameters), 4, 1)
     rows = []
     for limit in ("128M", "256M", "512M"):
@@ -249,6 +252,35 @@ def memory(work: Path, options: argparse.Namespace) -> list[tuple[str, str]]:
             )
         )
         shutil.rmtree(out)
+    return rows
+
+
+def large(work: Path, gigabytes: float) -> list[tuple[str, str]]:
+    """Memory over a checkpoint many times the limit; what is no longer needed is removed at once,
+    so that no more than two copies are on the disk."""
+    limit = "512M"
+    total = write_shards(work / "rows", model(gigabytes * 1e9 / 12), 4, 0)
+    source, rows = work / "rows", []
+    for form, more in (("universal", ()), ("deepspeed", ("--set", "stage=1", "--mesh", "dp=4"))):
+        made = work / form
+        subprocess.run(convert_command(source, made, form, *more), check=True, capture_output=True)
+        shutil.rmtree(source)
+        source, found = made, []
+        for check in ((), ("--verify",)):
+            states = ("--states", "master,exp_avg,exp_avg_sq") if form == "deepspeed" else ()
+            found.append(
+                ran(convert_command(made, work / "out", "safetensors", "--memory", limit,
+                                    *states, *check))
+            )  # fmt: skip
+            shutil.rmtree(work / "out")
+        rows.append(
+            (
+                f"--memory {limit}, {total / 1e9:.2f} GB, {form} to safetensors",
+                f"peak {found[0].peak_bytes / 1e6:.0f} MB, with --verify "
+                f"{found[1].peak_bytes / 1e6:.0f} MB; {found[0].seconds:.0f} s, "
+                f"{found[0].cpu_seconds:.1f} CPU-s",
+            )
+        )
     return rows
 
 
@@ -383,6 +415,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--parameters", type=float, default=194.05e6)
+    parser.add_argument("--gigabytes", type=float, help="memory: of a checkpoint of this size")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--corruptions", type=int, default=1000)

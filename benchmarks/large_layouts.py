@@ -99,6 +99,8 @@ def megatron(tp: int, pp: int, dp: int) -> Tables:
     """tp · pp · dp ranks with ZeRO-1."""
     made = Tables()
     for stage, tensors in enumerate(stages(pp)):
+        whole: list[list[Boxes]] = [[] for _ in tensors]
+        flat: list[list[Boxes]] = [[] for _ in tensors]
         for rank in range(tp):
             sizes = [
                 prod(arranged.shape) // (1 if split is None else tp)
@@ -113,12 +115,13 @@ def megatron(tp: int, pp: int, dp: int) -> Tables:
                 for k in range(len(OPTIMIZER))
             ]
             at = 0
-            for (name, (arranged, split)), size in zip(tensors, sizes, strict=True):
+            for number, ((_, (arranged, split)), size) in enumerate(
+                zip(tensors, sizes, strict=True)
+            ):
                 dims, factors = arranged.columns
                 splits = [] if split is None else [Split(split, tp, rank)]
-                whole = shard(dims, factors, splits, first, at)
-                made.add(made.weights, name, arranged, whole)
-                parts = [
+                whole[number].append(shard(dims, factors, splits, first, at))
+                flat[number] += [
                     shard(
                         dims,
                         factors,
@@ -129,8 +132,12 @@ def megatron(tp: int, pp: int, dp: int) -> Tables:
                     )
                     for r in range(at // slice_, (at + size - 1) // slice_ + 1)
                 ]
-                made.add(made.flat, name, arranged, Boxes.joined(parts, len(dims)))
                 at += size
+        # As a layout reads: the shards of all ranks of a stored tensor, then what they hold.
+        for (name, (arranged, _)), weights, parts in zip(tensors, whole, flat, strict=True):
+            dims = len(arranged.columns[0])
+            made.add(made.weights, name, arranged, Boxes.joined(weights, dims))
+            made.add(made.flat, name, arranged, Boxes.joined(parts, dims))
     return made
 
 

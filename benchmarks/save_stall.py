@@ -1,11 +1,12 @@
 """How long a save holds training up: `python benchmarks/save_stall.py [--ranks 4] [--hidden 512]`.
 
-Emits a Llama, starts its ranks, and lets them train with a save after a step, in three ways in the
-same run: written within the step (`checkpoint.save`), torch's own `dcp.async_save` (which copies
-within the step and writes beside it), and what emitted programs do (`saving.Saver`: copies during
-the next batch too). The stall is what the training loop waits for in all calls of the save, up to
-the next update; on two cores the copy and the disk slow the batch beside it, so the time of the two
-steps around the save is given as well.
+Emits a Llama, starts its ranks, and lets them train with a save after a step, in several ways in
+the same run: written within the step (`checkpoint.save`), torch's own `dcp.async_save` (which
+copies within the step and writes beside it), what emitted programs do (`saving.Saver`: copies
+during the next batch too), and torch_checkpointing where it is installed (it copies in a thread,
+holds the update until that is done, and writes in a process of its own). The stall is what the
+training loop waits for in all calls of the save, up to the next update; on two cores the copy and
+the disk slow the batch beside it, so the time of the two steps around the save is given as well.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+TORCH_CHECKPOINTING = "torch_checkpointing"
 WORKER = "SHARDWRIGHT_SAVE_STALL"
 
 
@@ -95,6 +99,16 @@ def worker(program: Path, rounds: int) -> None:
     rows = settings.GLOBAL_BATCH // settings.MESH["dp"]
     batch = data.batch(range(rows), model.BATCH, settings.SEQ_LEN, 0)
 
+    manager: Any = None
+    if find_spec("torch_checkpointing") is not None:
+        from torch_checkpointing import CheckpointManager
+        from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
+
+        beside_it = CheckpointManager.Config.with_async_save()
+        # Its default of direct writes fails on ext4 (0.1.1: blocks are not aligned).
+        beside_it.storage_config = LocalFileSystemStorageConfig(use_direct_io=False)
+        manager = CheckpointManager(beside_it)
+
     def train(way: str) -> tuple[float, float]:
         """(stall, both steps) in seconds of a save between two steps."""
         stall, writing = 0.0, None
@@ -106,6 +120,9 @@ def worker(program: Path, rounds: int) -> None:
             before = time.perf_counter()
             if number and way == "beside":
                 saver.before_update()
+            if number and way == TORCH_CHECKPOINTING:
+                with manager.lock():
+                    pass
             stall += time.perf_counter() - before
             optimizer.step()
             optimizer.zero_grad()
@@ -117,6 +134,10 @@ def worker(program: Path, rounds: int) -> None:
                 held = {n: t.here for n, t in checkpoint.state(stage, optimizer).items()}
                 held = {f"{dist.get_rank()}.{n}": t for n, t in held.items()}
                 writing = dcp.async_save(held, checkpoint_id=folder / "dcp", process_group=group)
+            if not number and way == TORCH_CHECKPOINTING:
+                held = {n: t.here for n, t in checkpoint.state(stage, optimizer).items()}
+                place = folder / f"other-{progress.step}"  # it replaces no earlier save
+                writing = manager.save(str(place), {f"rank{dist.get_rank()}": held})
             if not number and way == "beside":
                 saver.save(stage, optimizer, replace(progress))
             stall += time.perf_counter() - before
@@ -126,7 +147,7 @@ def worker(program: Path, rounds: int) -> None:
             writing.result()
         return stall, took
 
-    ways = ("none", "within", "dcp", "beside")
+    ways = ["none", "within", "dcp", "beside", *([TORCH_CHECKPOINTING] if manager else [])]
     for way in ways:
         train(way)
     found = {way: [] for way in ways}
@@ -140,6 +161,8 @@ def worker(program: Path, rounds: int) -> None:
         for way in ways:
             stall, took = (median(part) for part in zip(*found[way], strict=True))
             print(f"| {way} | {stall:.3f} | {took:.2f} |")
+    if manager is not None:
+        manager.close()
     parallel.leave()
 
 

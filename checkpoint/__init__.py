@@ -8,7 +8,8 @@ A format (`formats/`) says which bytes of which files are which part of which st
 and the engine (`engine/`) moves the bytes.
 """
 
-from .conversion import Converted, Inspected, convert, inspect
+from .conversion import Converted, convert
+from .inspection import Inspected, inspect
 from .reads import Listed, list_reads
 
 __all__ = ["Converted", "Inspected", "Listed", "convert", "inspect", "list_reads"]

@@ -128,6 +128,8 @@ class Contents:
     `num_query_groups`, …): layouts find the sizes of factors in them. `files` are all files that
     belong to it with their sizes in bytes, also those without arrays. `conventions` are facts of
     how this one is stored: layouts read with them, and what is made of it knows nothing of them.
+    `companions` are those of a Hugging Face folder (config, tokenizer) that it promises to hold,
+    with XXH3-128 of their bytes.
     """
 
     format: str
@@ -140,6 +142,7 @@ class Contents:
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     conventions: Mapping[str, bool] = field(default_factory=dict)
+    companions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

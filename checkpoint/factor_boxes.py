@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import mul
 
 import numpy as np
 
@@ -188,19 +189,24 @@ def shard(
     first, last = (0, int(np.prod(local, dtype=np.int64))) if part is None else part
     found = flat_range(local, first, last) if all(local) else []
     strides = row_major(local)
-    rows = len(found)
+    begins, counts, steps, offsets = [], [], [], []
+    step = [0] * len(sizes)
+    for factor, stride in zip(order, strides, strict=True):
+        step[factor] = stride
+    for lows, many in found:
+        at, count = [0] * len(sizes), [1] * len(sizes)
+        for factor, first_index, indices in zip(order, lows, many, strict=True):
+            at[factor], count[factor] = begin[factor] + first_index, indices
+        begins.append(at)
+        counts.append(count)
+        steps.append(step)
+        offsets.append(offset - first + sum(map(mul, lows, strides)))
+    rows, shape = len(found), (len(found), len(sizes))
     table = FactorBoxes(
-        np.zeros((rows, len(sizes)), np.int64),
-        np.ones((rows, len(sizes)), np.int64),
-        np.zeros((rows, len(sizes)), np.int64),
+        np.array(begins, np.int64).reshape(shape),
+        np.array(counts, np.int64).reshape(shape),
+        np.array(steps, np.int64).reshape(shape),
         np.full(rows, record, np.int64),
-        np.zeros(rows, np.int64),
+        np.array(offsets, np.int64),
     )
-    for row, (offsets, counts) in enumerate(found):
-        table.offset[row] = offset - first
-        for factor, low, count, step in zip(order, offsets, counts, strides, strict=True):
-            table.begin[row, factor] = begin[factor] + low
-            table.size[row, factor] = count
-            table.stride[row, factor] = step
-            table.offset[row] += low * step
     return table.as_dims(dims, sizes)

@@ -263,6 +263,11 @@ class Layout:
                 )
         return found if len(taken) == len(set(names)) else None
 
+    def covers(self, names: Sequence[str]) -> bool:
+        """Whether there is a rule for any of these logical tensors."""
+        grouped = Names(names)
+        return any(any(rule.groups(grouped, set(), {})) for rule in self.rules)
+
     def _named_with_state(self, one: StoredWanted) -> StoredWanted:
         text = self.spec.states.get(one.state)
         if text is None:

@@ -19,10 +19,12 @@ from typing import Any
 from ..ir import InvalidInput
 from ..ir.plan import Plan
 from ..ir.serial import load_plan, write_whole
+from .arguments import check_sizes
 from .boxes import Boxes, coverage
 from .contents import EXP_AVG, EXP_AVG_SQ, MASTER, WEIGHT, Array, Contents, Key
 from .dtypes import itemsize
-from .formats import Options
+from .formats import Options, detect
+from .formats.flags import checked
 from .plan import without_repeats
 from .sides import read
 
@@ -68,17 +70,21 @@ def list_reads(
     *,
     spec: str = "",
     sizes: Mapping[str, Any] | None = None,
+    flags: Mapping[str, Any] | None = None,
     tag: str = "",
     format_name: str = "",
 ) -> Listed:
     """Writes into a folder how the programs of a plan load a checkpoint from where it is.
 
-    `spec` and `sizes` describe the source as for `convert`. Raises InvalidInput where the
+    `spec`, `sizes` and `flags` describe the source as for `convert`. Raises InvalidInput where the
     checkpoint does not have what the plan's model needs, CorruptCheckpoint where it is damaged.
     """
     begun = time.monotonic()
     planned = plan if isinstance(plan, Plan) else load_plan(plan)
-    made = read(Path(source), format_name, spec, Options(tag=tag), sizes)
+    name = format_name or detect(Path(source))
+    options = Options(tag=tag, flags=checked(flags or {}, name, tag=tag))
+    made = read(Path(source), name, spec, options, sizes)
+    check_sizes(sizes or {}, made.contents, [made.layout])
     nbytes = write_reads(planned, made.contents, made.logical, Path(folder))
     parameters, step = len(planned.parameter_stages()), made.contents.job.step
     seconds = time.monotonic() - begun

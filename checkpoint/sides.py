@@ -18,6 +18,7 @@ from .boxes import Boxes
 from .contents import BUFFER, EXP_AVG, MASTER, WEIGHT, Array, Contents, Job, Key, Target
 from .dtypes import named
 from .formats import Options
+from .formats.companions import with_config
 from .layout import Layout, StoredWanted, choose_layout, choose_target_layout, load_layout
 
 _LOGICAL_NAMES = ("universal", "safetensors", "dcp", "deepspeed", "deepspeed-universal")
@@ -56,9 +57,27 @@ def read(
     given: Mapping[str, Any] | None = None,
 ) -> Source:
     """Reads a checkpoint's headers; format and layout are found where they are not given."""
+    return understood(opened(root, format_name, options), spec, given)
+
+
+def opened(root: Path, format_name: str = "", options: Options | None = None) -> Contents:
+    """What a checkpoint's headers say, under the names that are stored; the config of a Hugging
+    Face folder in which it lies tells sizes that it does not tell itself."""
     name = format_name or formats.detect(root)
     contents = formats.load(name).read(root, options or Options())
+    return replace(contents, facts=with_config(contents, root))
+
+
+def understood(
+    contents: Contents, spec: str = "", given: Mapping[str, Any] | None = None
+) -> Source:
+    """The logical tensors of a checkpoint; its layout is found by its names if none is given."""
     layout = load_layout(spec) if spec else choose_layout(contents)
+    names = [name for _, name in contents.arrays]
+    if spec and layout.rules and names and len(layout.unruled(names)) == len(names):
+        raise InvalidInput(
+            f"--spec {spec}: it has no rule for any array of {contents.root} ({names[0]}, …)"
+        )
     logical = layout.logical(contents, given)
     return Source(replace(contents, job=layout.job(contents, given)), layout, logical)
 
@@ -75,7 +94,7 @@ def chosen(
     """
     there = {state for state, _ in logical}
     names = dict.fromkeys(name for _, name in logical)
-    wanted = list(states) or list(dict.fromkeys(state for state, _ in logical))
+    wanted = list(dict.fromkeys(states)) or list(dict.fromkeys(state for state, _ in logical))
     if not states and WEIGHT not in there and MASTER in there:
         wanted = [WEIGHT, *wanted]
     if not states and to in _KEEP_MASTERS and EXP_AVG in there and MASTER not in there:
@@ -85,6 +104,10 @@ def chosen(
     new = named(dtype) if dtype else ""
     if new and new not in _WEIGHTS:
         raise InvalidInput(f"--dtype {dtype}: weights are rounded to one of {', '.join(_WEIGHTS)}")
+    if new and WEIGHT not in wanted:
+        raise InvalidInput(
+            f"--dtype {dtype} is of weights, which are not among {', '.join(wanted)}"
+        )
     found: dict[Key, tuple[Array, str]] = {}
     for state in wanted:
         before = len(found)
@@ -122,6 +145,11 @@ def lay_out(
     """Where a format puts tensors."""
     if spec:
         layout = load_layout(spec)
+        names = list(dict.fromkeys(name for _, name in tensors))
+        if layout.rules and not layout.covers(names):
+            raise InvalidInput(
+                f"--target-spec {spec}: it has no rule for any tensor of the source ({names[0]}, …)"
+            )
     elif format_name in _LOGICAL_NAMES:
         layout = Layout.identity()
     else:

@@ -8,6 +8,8 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,8 @@ def tensors(seed: int = 0, layers: int = 6) -> dict[str, np.ndarray]:
 def folder(root: Path, seed: int = 0) -> Path:
     root.mkdir()
     save_file(tensors(seed), root / "model.safetensors", {"format": "pt"})
-    (root / "config.json").write_text('{"hidden_size": 30}')
-    (root / "tokenizer.json").write_text("{}")
+    (root / "config.json").write_text(json.dumps({"hidden_size": 30, "seed": seed}))
+    (root / "tokenizer.json").write_text(json.dumps({"model_type": "BPE", "seed": seed}))
     return root
 
 
@@ -87,7 +89,9 @@ def test_there_and_back_through_our_form_in_shards(tmp_path: Path) -> None:
     sizes = [p.stat().st_size for p in (tmp_path / "back").glob("*.safetensors")]
     assert len(sizes) > 2 and max(sizes) < 9000 + 4000
     again = convert(source, tmp_path / "again", "safetensors")
-    assert (tmp_path / "again" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (
+        source / "tokenizer.json"
+    ).read_bytes()
     assert again.source_format == "safetensors"
 
 
@@ -163,7 +167,7 @@ def test_weights_of_another_dtype_come_from_the_master_copies(tmp_path: Path) ->
 
 def test_flags_that_no_format_has_are_refused(tmp_path: Path) -> None:
     source = folder(tmp_path / "hf")
-    with pytest.raises(InvalidInput, match=r"--set shrd_bytes: safetensors and dcp have no such"):
+    with pytest.raises(InvalidInput, match="--set shrd_bytes: neither reading safetensors nor"):
         convert(source, tmp_path / "o", "dcp", flags={"shrd_bytes": 9})
     with pytest.raises(InvalidInput, match="cannot make it"):
         convert(source, "/proc/o", "dcp")
@@ -319,12 +323,111 @@ def test_ranks_share_a_conversion_and_end_with_the_same_bytes(tmp_path: Path) ->
     assert fields.keys() >= {"tensors", "bytes", "seconds", "peak_bytes", "verified"}
 
 
-def test_a_rank_that_dies_is_named(tmp_path: Path) -> None:
+def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
     one = Ranks(tmp_path, 0, 2, silence_seconds=0.3)
     one.start("same")
     with pytest.raises(LostRank, match="rank 1 of 2 has not been heard of"):
         one.prepared("same", lambda: None)
     one.stop()
+
+
+SLOW = """
+import sys, time
+from shardwright.checkpoint import convert
+from shardwright.checkpoint.engine import ranks, run, streaming
+from shardwright.ir import ShardwrightError
+ranks.SILENCE_SECONDS = 1e6  # nothing but the process itself tells that it is gone
+ranks.Ranks.__init__.__defaults__ = (1e6,)
+streaming.TASK_BYTES = 1
+moved = streaming.Stream._run
+def slowly(self, task):
+    open(sys.argv[3], "w").close()
+    time.sleep(float(sys.argv[4]))
+    moved(self, task)
+streaming.Stream._run = slowly
+try:
+    convert(sys.argv[1], sys.argv[2], "universal", threads=1)
+except ShardwrightError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+def slow_ranks(root: Path, seconds: float, world: int = 3) -> list[subprocess.Popen[str]]:
+    """Ranks at one conversion, each task taking so many seconds, as srun starts them."""
+    (root / "slow.py").write_text(SLOW)
+    return [
+        subprocess.Popen(
+            [sys.executable, str(root / "slow.py"), str(root / "hf"), str(root / "out"),
+             str(root / f"begun-{rank}"), str(seconds)],
+            env={**os.environ, "SLURM_PROCID": str(rank), "SLURM_NTASKS": str(world)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_ends_the_others_and_all_go_on(victim: int, tmp_path: Path) -> None:
+    source = folder(tmp_path / "hf")
+    convert(source, tmp_path / "alone", "universal")
+    runs = slow_ranks(tmp_path, 0.5)
+    while not all((tmp_path / f"begun-{rank}").exists() for rank in range(3)):
+        assert all(run.poll() is None for run in runs), [run.communicate() for run in runs]
+        time.sleep(0.02)
+    runs[victim].kill()
+    for rank, run in enumerate(runs):
+        said, _ = run.communicate(timeout=100)
+        if rank != victim:
+            assert run.returncode == 2 and said.count("\n") == 1, said
+            assert f"rank {victim} of 3 was killed; start all ranks again" in said
+    assert not (tmp_path / "out").exists()
+    again = slow_ranks(tmp_path, 0.0)
+    for run in again:
+        said, _ = run.communicate(timeout=100)
+        assert run.returncode == 0, said
+    for path in (tmp_path / "alone").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    assert not (tmp_path / ".out.conversion").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_says_why_on_all(tmp_path: Path) -> None:
+    """Rank 1 sees another source: all end, at once and with a reason."""
+    source, other = folder(tmp_path / "hf"), folder(tmp_path / "other", seed=1)
+    (other / "config.json").write_text("{}")
+    runs = [
+        command("convert", str(path), str(tmp_path / "out"), "--to", "universal",
+                RANK=str(rank), WORLD_SIZE="2")
+        for rank, path in enumerate((source, other))
+    ]  # fmt: skip
+    for run in runs:
+        _, error = run.communicate(timeout=50)
+        assert run.returncode == 2 and error.count("\n") == 1, error
+        assert "rank 1 of 2 has other arguments than rank 0" in error
+
+
+def test_another_job_at_the_same_target_is_turned_away(tmp_path: Path) -> None:
+    """And what an earlier start left deceives nobody."""
+    left = Ranks(tmp_path, 1, 2)
+    left.start("same")
+    left._over.set()  # as if it were killed: its hello stays
+    job = [Ranks(tmp_path, rank, 2) for rank in range(2)]
+    for one in job:
+        one.start("same")
+    prepared: list[str] = []
+    leader = threading.Thread(target=job[0].prepared, args=("same", lambda: prepared.append("0")))
+    leader.start()
+    job[1].prepared("same", lambda: prepared.append("1"))
+    leader.join()
+    assert prepared == ["0"]
+    other = Ranks(tmp_path, 1, 2)
+    other.start("same")
+    with pytest.raises(InvalidInput, match="another job converts to the same target"):
+        other.prepared("same", lambda: None)
+    for one in (*job, other, left):
+        one.stop()
 
 
 def test_ranks_are_read_from_torchrun_and_srun() -> None:

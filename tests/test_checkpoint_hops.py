@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from shardwright.checkpoint.conversion import convert
 from shardwright.checkpoint.formats import Options, megatron
+from shardwright.checkpoint.formats.flags import WHOLE
 from shardwright.ir import CorruptCheckpoint, InvalidInput
 
 
@@ -66,6 +67,8 @@ def test_there_and_back_over_hops(model, hops) -> None:
                 mesh["ep"] = ep if family in ("mixtral", "qwen3-moe") else 1
             if to == "dcp":
                 mesh = {"dp": tp}
+            if to in WHOLE:
+                mesh = {}
             following = Path(base) / str(number)
             convert(at, following, to, mesh=mesh, sizes=sizes, verify=True)
             at = following

@@ -137,6 +137,12 @@ def _is_file(descriptor: int, path: Path) -> bool:
         return False
 
 
+def clear_journals(at: Place) -> None:
+    """Removes the journals of a conversion that is over; the first one last."""
+    for path in sorted(at.control.glob("journal.*"), reverse=True):
+        path.unlink(missing_ok=True)
+
+
 def clear_control(at: Place) -> None:
     """Removes journals and ranks' files; the first journal last, which says what was finished."""
     for path in at.control.glob("*"):

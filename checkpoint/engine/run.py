@@ -44,8 +44,8 @@ class Limits:
     memory_bytes: int = 512 << 20
     threads: int = 0
 
-    def threads_for(self, unit_bytes: int) -> int:
-        """How many threads may have their buffers, with tiles of so many bytes."""
+    def check(self) -> None:
+        """Raises InvalidInput for limits under which nothing can be moved."""
         if self.memory_bytes < LEAST_MEMORY_BYTES:
             raise InvalidInput(
                 f"--memory is {self.memory_bytes:,} bytes, expected at least "
@@ -53,6 +53,10 @@ class Limits:
             )
         if self.threads < 0:
             raise InvalidInput(f"--threads {self.threads}: expected at least 1, or 0: one per core")
+
+    def threads_for(self, unit_bytes: int) -> int:
+        """How many threads may have their buffers, with tiles of so many bytes."""
+        self.check()
         cores = self.threads or len(os.sched_getaffinity(0))
         return max(1, min(cores, self.memory_bytes // (_BUFFERS * unit_bytes)))
 
@@ -114,31 +118,37 @@ def execute(
 
 def _executed(run: _Run, ranks: Ranks, quiet: bool) -> Moved:
     at, moved = run.at, run.moved
-    if (before := directory.finished_before(at)) is not None:
-        if before != run.fingerprint and not at.replaces:
-            raise directory.exists_already(at)
-        if ranks.rank == 0:
+    before = directory.finished_before(at)
+    if before is not None and before != run.fingerprint and not at.replaces:
+        raise directory.exists_already(at)
+    done = before == run.fingerprint
+
+    def prepare() -> None:
+        if before is not None:
             shutil.rmtree(at.partial, ignore_errors=True)
-            directory.clear_control(at)
-        if before == run.fingerprint:
-            if run.check is not None:
-                run.check(at.final)
-            total = sum(piece.nbytes for piece in moved)
-            return Moved(total, total, ("an earlier run had finished it",))
+            directory.clear_journals(at)
+        if not done:
+            run.prepare()
+        elif run.check is not None:
+            run.check(at.final)
+
     ranks.start(run.fingerprint)
     try:
         try:
-            ranks.prepared(run.fingerprint, run.prepare)
-            found = run.share(ranks, quiet)
-            ranks.finished(run.fingerprint)
-            if ranks.rank == 0:
+            ranks.prepared(run.fingerprint, prepare)
+            if done:
+                total = sum(piece.nbytes for piece in moved)
+                found = Moved(total, total, ("an earlier run had finished it",))
+            else:
+                found = run.share(ranks, quiet)
+            ranks.finished()
+            if ranks.rank == 0 and not done:
                 run.finish()
         except OSError as error:
             raise directory.no_space(error, at) from error
         ranks.closed()
     except Exception as error:
-        if ranks.rank == 0:
-            ranks.closed(str(error))
+        ranks.failed(str(error))
         raise
     finally:
         ranks.stop()
@@ -227,6 +237,7 @@ class _Run:
                     advance,
                 )
                 made.skipped = advance
+                made.check = ranks.check
                 stream.run(iter(made))
         finally:
             journal.close()
@@ -366,6 +377,7 @@ class _Tasks:
         self._run, self._mine, self._done = run, mine, done
         self.resumed_bytes = 0
         self.skipped: Any = lambda nbytes: None
+        self.check: Callable[[], None] = lambda: None
 
     def __iter__(self) -> Iterator[Task]:
         at = 0
@@ -389,6 +401,7 @@ class _Tasks:
                     self.resumed_bytes += nbytes
                     self.skipped(nbytes)
                     continue
+                self.check()
                 yield task
 
 

@@ -12,14 +12,14 @@ contradict themselves; `target` raises InvalidInput where the format cannot expr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from ...ir import InvalidInput
-from ..contents import Contents, Job, Target, Wanted
+from ..contents import Contents, Given, Job, Target, Wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,14 @@ class Options:
     """What a user says about a checkpoint that it does not say itself.
 
     `mesh` of the target (`{"tp": 2, "pp": 2, "dp": 4}`); `tag` or step where a directory holds
-    several; `flags` of single formats (`stage` of DeepSpeed, `shard_bytes` of safetensors, …).
+    several; `flags` of single formats (`stage` of DeepSpeed, `shard_bytes` of safetensors, …), as
+    `flags.checked` makes them. `companions`: files that are written beside the target's own.
     """
 
     mesh: Mapping[str, int] = field(default_factory=dict)
     tag: str = ""
     flags: Mapping[str, Any] = field(default_factory=dict)
+    companions: Sequence[Given] = ()
 
 
 class Format(Protocol):
@@ -54,29 +56,6 @@ MODULES = {
     "orbax": "orbax",
 }
 """`--to` name → module, in the order in which a directory is asked (the more specific first)."""
-
-
-FLAGS = {
-    "safetensors": ("shard_bytes",),
-    "dcp": ("names",),
-    "deepspeed": ("stage", "order", "mixed_steps", "info", "tag", "foreign"),
-    "deepspeed-universal": ("stage", "order", "mixed_steps", "tag", "foreign"),
-    "megatron": ("stages", "iteration", "grad_dtype", "bucket_elements"),
-    "megatron-dist": ("iteration",),
-    "orbax": ("tree", "nested", "schedule", "chunk_bytes"),
-}
-"""The flags (`--set`) of formats that have any; docs/checkpoints.md says what they do."""
-
-
-def check_flags(flags: Iterable[str], *names: str) -> None:
-    """Raises InvalidInput for a flag that none of the formats has."""
-    known = sorted({flag for name in names for flag in FLAGS.get(name, ())})
-    for flag in flags:
-        if flag not in known:
-            raise InvalidInput(
-                f"--set {flag}: {' and '.join(dict.fromkeys(names))} have no such flag; "
-                f"expected {', '.join(known) or 'none'}"
-            )
 
 
 def load(name: str) -> Format:

@@ -29,17 +29,21 @@ def found(root: Path) -> str | None:
 def read(root: Path, options: Options) -> Contents:
     """The arrays of a checkpoint (of step `options.tag`, or the newest).
 
-    optax's `mu`, `nu` and `count` become exp_avg, exp_avg_sq and the step. Raises InvalidInput
-    where tensorstore is needed and not installed.
+    optax's `mu`, `nu` and `count` become exp_avg, exp_avg_sq and the step, other arrays that it
+    keeps by parameter states under their own names; what is no array goes along (`orbax_trees.py`).
+    Raises InvalidInput where tensorstore is needed and not installed.
     """
     return _read(root, options)
 
 
 def target(wanted: Sequence[Wanted], job: Job, options: Options) -> Target:
     """A step of a CheckpointManager as our JAX programs write it (`STEP/params`, `STEP/state` with
-    the state of optax.adamw, `STEP/progress`), or, with the flag `tree=standard`, one tree
-    {"params": …, "opt_state": …} for StandardCheckpointer.
+    the state of optax.adamw, `STEP/progress`), or, with the flag `tree`: `standard`, one tree for
+    StandardCheckpointer (that of an orbax source, if it was one, else {"params": …, "opt_state":
+    …}); `train_state`, one with the `step` of flax's TrainState beside these; `source`, the trees
+    that an orbax source had, with all that was in them.
 
     The flag `nested` (false) makes nested dicts of names with dots; `chunk_bytes` bounds chunks.
+    Raises InvalidInput for states that the tree has no place for.
     """
     return _target(wanted, job, options)

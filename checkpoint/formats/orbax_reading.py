@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -11,37 +11,40 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...ir import CorruptCheckpoint, InvalidInput
 from ..boxes import Boxes, row_major
-from ..contents import EXP_AVG, EXP_AVG_SQ, WEIGHT, Array, Contents, Job, Key, Record
+from ..contents import EXP_AVG, Array, Contents, Job, Key, Record
 from ..dtypes import as_numpy, itemsize, named
 from ..paths import sizes, within
-from ..pickles import encode
+from ..pickles import encode, small
 from . import Options
 from .orbax_tensorstore import Store
+from .orbax_trees import (
+    CHECKPOINT,
+    DICT,
+    EMPTY,
+    ORBAX,
+    STRINGS,
+    TREE,
+    Leaf,
+    Meanings,
+    hyperparameters,
+    leaves,
+    step_of,
+)
 
-TREE, CHECKPOINT = "_METADATA", "_CHECKPOINT_METADATA"
-MOMENTS = {"mu": EXP_AVG, "nu": EXP_AVG_SQ}
+_NO_GROUPS = (
+    "the tree tells no learning rate: where a format keeps param groups they have defaults, "
+    "set your own before going on"
+)
 
-_PARAMS = ("params", "model")
 _ZARR = {
     "<f8": "F64", "<f4": "F32", "<f2": "F16", "bfloat16": "BF16", "<i8": "I64", "<i4": "I32",
     "<i2": "I16", "|i1": "I8", "|u1": "U8", "<u2": "U16", "<u4": "U32", "<u8": "U64",
     "|b1": "BOOL", "<c8": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Leaf:
-    """An array of a tree: the keys that lead to it, and the name under which it is stored."""
-
-    item: str
-    path: tuple[str, ...]
-
-    @property
-    def stored(self) -> str:
-        return ".".join(self.path)
 
 
 def steps_of(root: Path) -> list[Path]:
@@ -59,36 +62,71 @@ def items_of(root: Path) -> list[str]:
 
 def read(root: Path, options: Options) -> Contents:
     """As `orbax.read`."""
-    root = _chosen(root, options.tag)
+    given, root = root, _chosen(root, options.tag)
     if any(root.parent.glob(f"{root.name}.orbax-checkpoint-tmp*")):
         raise CorruptCheckpoint(f"{root}: orbax did not finish writing it; load an earlier step")
-    records: list[Record] = []
-    arrays: dict[Key, Array] = {}
-    step: int | None = None
-    others: dict[str, Any] = {}
     _check_items(root)
-    for item in items_of(root):
-        tree = _json(root / item / TREE)
-        store = _Source(root, item, tree)
-        for leaf in _leaves(tree, item):
-            state, name = meaning(leaf)
-            if state in ("step", "other"):
-                value = store.scalar(leaf.stored)
-                if state == "step" and isinstance(value, int):
-                    step = value if step is None else max(step, value)
-                else:
-                    others[".".join(filter(None, (item, leaf.stored)))] = encode(value)
-                continue
-            array = store.array(leaf, state, name, records)
-            if array.key in arrays:
-                raise CorruptCheckpoint(f"{root / item / TREE}: {state} of {name} twice")
-            arrays[array.key] = array
-    for path in sorted(root.glob("*/metadata")):
-        others[path.parent.name] = encode(_json(path))
+    trees = {item: _json(root / item / TREE) for item in items_of(root)}
+    sources = {item: _Source(root, item, tree) for item, tree in trees.items()}
+    made = _Made([], {}, {}, {})
+    every = [leaf for item, tree in trees.items() for leaf in leaves(tree, item)]
+    meanings = Meanings(every)
+    remembered: dict[str, list[Any]] = {item: [] for item in trees}
+    for leaf in every:
+        what = made.leaf(leaf, sources[leaf.item], meanings)
+        remembered[leaf.item].append([[list(key) for key in leaf.keys], leaf.kind, what])
+    others: dict[str, Any] = {
+        path.parent.name: encode(_json(path)) for path in sorted(root.glob("*/metadata"))
+    }
+    step = step_of(made.counters)
+    handlers = _handlers(root, list(trees))
+    others[ORBAX] = {
+        "step": step,
+        "in_step": root != given,
+        "beside": sorted(others),
+        "trees": [
+            {"item": item, "handler": handlers[item], "leaves": remembered[item]} for item in trees
+        ],
+    }
     if step is None and isinstance(others.get("progress"), dict):
         step = others["progress"].get("step")
-    job = Job(step, others=others)
-    return Contents("orbax", root, sizes(root), records, arrays, job)
+    groups = hyperparameters(made.values)
+    notes: tuple[str, ...] = ()
+    if not groups and any(state == EXP_AVG for state, _ in made.arrays):
+        notes = (_NO_GROUPS,)
+    job = Job(step, groups, others=others)
+    return Contents("orbax", root, sizes(root), made.records, made.arrays, job, notes=notes)
+
+
+@dataclass
+class _Made:
+    """What the leaves of all trees make: arrays with their records; counters and other numbers by
+    their paths."""
+
+    records: list[Record]
+    arrays: dict[Key, Array]
+    counters: dict[tuple[str, ...], int]
+    values: dict[tuple[str, ...], Any]
+
+    def leaf(self, leaf: Leaf, source: _Source, meanings: Meanings) -> Any:
+        """Takes a leaf; returns how it is remembered: as an array's key, or as its value."""
+        if leaf.kind in EMPTY:
+            return None
+        if leaf.kind == "string":
+            return {"value": source.string(leaf)}
+        shape, dtype = source.described(leaf.stored)
+        extra = source.extra(leaf.stored)
+        key = meanings.of(leaf, shape, prod(shape) * itemsize(dtype))
+        if key is not None:
+            self.arrays[key] = source.array(leaf, key, self.records)
+            return {"array": list(key), **extra}
+        value = small(dtype, source.value(leaf.stored))
+        if not shape:
+            number = value.array().item()
+            self.values[leaf.called_path] = number
+            if isinstance(number, int) and not isinstance(number, bool):
+                self.counters[leaf.called_path] = number
+        return {"value": encode(value), **extra}
 
 
 def _check_items(root: Path) -> None:
@@ -127,37 +165,12 @@ def _json(path: Path) -> Any:
         ) from None
 
 
-def _leaves(tree: Any, item: str) -> Iterator[Leaf]:
-    described = tree.get("tree_metadata") if isinstance(tree, dict) else None
-    if not isinstance(described, dict):
-        raise CorruptCheckpoint(f"{item or '.'}/{TREE}: no tree_metadata in it")
-    for value in described.values():
-        try:
-            kind = value["value_metadata"]["value_type"]
-            skipped = value["value_metadata"].get("skip_deserialize")
-            path = tuple(str(key["key"]) for key in value["key_metadata"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CorruptCheckpoint(f"{item or '.'}/{TREE}: damaged ({error!r})") from None
-        if path and not skipped and kind not in ("None", "string", "Dict", "List", "Tuple"):
-            yield Leaf(item, path)
-
-
-def meaning(leaf: Leaf) -> tuple[str, str]:
-    """(state, name) of a leaf: optax's moments by their fields, parameters without the key
-    `params`; ("step", "") of a count, ("other", …) of what is none of these."""
-    path = leaf.path
-    for at, key in enumerate(path[:-1]):
-        if key in MOMENTS:
-            return MOMENTS[key], ".".join(_bare(path[at + 1 :]))
-    if path[-1] in ("count", "step"):
-        return "step", ""
-    if leaf.item in ("", *_PARAMS) or path[0] in _PARAMS:
-        return WEIGHT, ".".join(_bare(path))
-    return "other", leaf.stored
-
-
-def _bare(path: Sequence[str]) -> Sequence[str]:
-    return path[1:] if path[0] in _PARAMS and len(path) > 1 else path
+def _handlers(root: Path, items: Sequence[str]) -> dict[str, str]:
+    """The handler of every tree, as orbax says it."""
+    said = _json(root / CHECKPOINT) if (root / CHECKPOINT).is_file() else {}
+    named = said.get("item_handlers") if isinstance(said, dict) else None
+    each = named if isinstance(named, dict) else dict.fromkeys(items, named)
+    return {item: str(each.get(item) or "") for item in items}
 
 
 class _Source:
@@ -169,6 +182,8 @@ class _Source:
         self._ocdbt = bool(tree.get("use_ocdbt", True))
         self._driver = "zarr3" if tree.get("use_zarr3") else "zarr"
         self._store: Store | None = None
+        self._strings: Any = None
+        self._extras: dict[str, Any] | None = None
 
     @property
     def store(self) -> Store:
@@ -187,15 +202,58 @@ class _Source:
         raw = said.get("compressor") is None and not said.get("filters") and said["order"] == "C"
         return said if raw else None
 
-    def scalar(self, name: str) -> Any:
-        said = self._plain(name)
-        if said is None:
-            return self.store.array(name).read().result().tolist()
-        dtype = as_numpy(_dtype(said["dtype"], name))
-        record = self._chunk(name, said, (), dtype.itemsize)
-        return np.frombuffer((self._root / record.file).read_bytes(), dtype)[0].item()
+    def string(self, leaf: Leaf) -> Any:
+        """The value of a string, which is beside the arrays."""
+        if self._strings is None:
+            self._strings = _json(self._folder / STRINGS)
+        if not isinstance(self._strings, dict) or leaf.stored not in self._strings:
+            raise CorruptCheckpoint(f"{self._folder / STRINGS}: {leaf.stored} is not in it")
+        return self._strings[leaf.stored]
 
-    def array(self, leaf: Leaf, state: str, name: str, records: list[Record]) -> Array:
+    def extra(self, name: str) -> dict[str, Any]:
+        """What orbax notes of an array beside its shape: of which kind a random key is."""
+        if self._extras is None:
+            self._extras = {}
+            for path in sorted(self._folder.glob("array_metadatas/process_*")):
+                said = _json(path)
+                for one in said.get("array_metadatas", ()) if isinstance(said, dict) else ():
+                    about = one.get("array_metadata", {})
+                    if about.get("ext_metadata"):
+                        self._extras[str(about.get("param_name"))] = about["ext_metadata"]
+        return {"ext": self._extras[name]} if name in self._extras else {}
+
+    def described(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype of an array."""
+        said = self._plain(name)
+        if said is not None:
+            return tuple(said["shape"]), _dtype(said["dtype"], name)
+        opened = self.store.array(name)
+        return tuple(opened.shape), named(opened.dtype.name)
+
+    def value(self, name: str) -> NDArray[Any]:
+        """All of a small array."""
+        shape, dtype = self.described(name)
+        records: list[Record] = []
+        array = self.array(Leaf(self._item, ((name, DICT),), ""), ("", name), records)
+        found = np.zeros(shape, as_numpy(dtype))
+        table = array.where()
+        for begin, size, stride, number in zip(
+            table.begin.tolist(), table.size.tolist(), table.stride.tolist(), table.record.tolist(),
+            strict=True,
+        ):  # fmt: skip
+            record = records[number]
+            held = np.empty(record.nbytes, np.uint8)
+            if record.read is not None:
+                record.read(0, held)
+            else:
+                held[:] = np.fromfile(within(self._root, record.file), np.uint8)
+            box = np.lib.stride_tricks.as_strided(
+                held.view(found.dtype), size, [step * found.itemsize for step in stride]
+            )
+            found[tuple(slice(b, b + n) for b, n in zip(begin, size, strict=True))] = box
+        return found
+
+    def array(self, leaf: Leaf, key: Key, records: list[Record]) -> Array:
         said = self._plain(leaf.stored)
         if said is not None:
             shape, chunk = tuple(said["shape"]), tuple(said["chunks"])
@@ -218,7 +276,7 @@ class _Source:
                 stride = row_major(size)
             rows.append((begin, size, stride, len(records) - 1, 0))
         table = Boxes.of(rows, len(shape))
-        return Array(state, name, shape, dtype, lambda: table)
+        return Array(*key, shape, dtype, lambda: table)
 
     def _chunk(self, name: str, said: Mapping[str, Any], at: Sequence[int], nbytes: int) -> Record:
         separator = said.get("dimension_separator", ".")

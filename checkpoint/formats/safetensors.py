@@ -29,12 +29,6 @@ _INDEX = ".safetensors.index.json"
 _STATE = "shardwright_state"
 _TRAINING = "training_state.json"
 _SHARDING = "DCP_SHARDING_INFO"
-_COMPANION_BYTES = 64 << 20
-_COMPANIONS = (
-    "config.json", "generation_config.json", "chat_template*", "tokenizer*", "special_tokens_map*",
-    "added_tokens.json", "vocab*", "merges.txt", "*.model", "preprocessor_config.json",
-    "processor_config.json", "*.py", "LICENSE*", "README.md",
-)  # fmt: skip
 
 
 def found(root: Path) -> str | None:
@@ -170,24 +164,9 @@ def _config(root: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def companions(root: Path, follows_links: bool = False) -> list[Given]:
-    """The config and tokenizer files of a folder, to be written beside other weights.
-
-    Raises CorruptCheckpoint for links that lead out of it, unless they are to be followed.
-    """
-    paths = {path.name: path for pattern in _COMPANIONS for path in root.glob(pattern)}
-    return [
-        Given(name, 0, (path if follows_links else within(root, name)).read_bytes())
-        for name, path in sorted(paths.items())
-        if path.is_file() and path.stat().st_size <= _COMPANION_BYTES
-    ]
-
-
 def target(wanted: Sequence[Wanted], job: Job, options: Options) -> Target:
     """Lays out one file per state, or shards of at most `shard_bytes` (5 GB) with an index."""
     limit = options.flags.get("shard_bytes", SHARD_BYTES)
-    if type(limit) is not int or limit < 1:
-        raise InvalidInput(f"shard_bytes is {limit!r}, expected a whole number of bytes")
     by_state: dict[str, list[Wanted]] = {}
     for one in wanted:
         by_state.setdefault("weight" if one.state == "buffer" else one.state, []).append(one)

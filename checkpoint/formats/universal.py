@@ -105,26 +105,54 @@ def _contents(root: Path, said: dict[str, Any], manifest_bytes: int) -> Contents
         arrays[key] = Array(*key, shape, dtype, partial(Boxes.of, rows, len(shape)))
     job = dict(said["job"])
     job["param_groups"] = tuple(job["param_groups"])
+    companions = {str(one["name"]): str(one["xxh3"]) for one in said.get("companions", ())}
+    for one in said.get("companions", ()):
+        sizes[one["name"]] = _companion_bytes(root, one["name"], one["bytes"])
     return Contents(
-        "universal", root, sizes, records, arrays, Job(**job), facts=said.get("facts", {})
-    )
+        "universal", root, sizes, records, arrays, Job(**job), facts=said.get("facts", {}),
+        companions=companions,
+    )  # fmt: skip
+
+
+def _companion_bytes(root: Path, name: str, expected: int) -> int:
+    """The size of a file beside the tensors, which the manifest promises."""
+    path = within(root, name)
+    found = path.stat().st_size if path.is_file() else None
+    if found != expected:
+        said = "missing" if found is None else f"{found:,} bytes, expected {expected:,}"
+        raise CorruptCheckpoint(f"{path}: {said}; restore it from another copy")
+    return expected
 
 
 def target(wanted: Sequence[Wanted], job: Job, options: Options) -> Target:
     """Lays the tensors out one after the other, in fragments of whole rows."""
-    layout = _Layout(wanted, job, dict(options.flags.get("facts", {})))
-    return layout.target()
+    facts = dict(options.flags.get("facts", {}))
+    return _Layout(wanted, job, facts, options.companions).target()
 
 
 class _Layout:
     """Where every fragment goes, and the manifest once their digests are known."""
 
-    def __init__(self, wanted: Sequence[Wanted], job: Job, facts: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        wanted: Sequence[Wanted],
+        job: Job,
+        facts: dict[str, Any],
+        companions: Sequence[Given],
+    ) -> None:
         try:
             self._job = json.loads(json.dumps(asdict(job)))
         except TypeError as error:
             raise InvalidInput(f"the job's state is not JSON: {error}") from None
         self._facts = facts
+        self._companions = [
+            {
+                "name": one.file,
+                "bytes": len(one.data),
+                "xxh3": xxhash.xxh3_128_hexdigest(one.data),
+            }
+            for one in companions
+        ]
         self._files = shards(wanted, FILE_BYTES)
         self._names = [f"fragments-{n:05d}.safetensors" for n in range(len(self._files))]
         self._records: list[Record] = []
@@ -177,7 +205,12 @@ class _Layout:
             tensor | {"fragments": [[*row[:4], values[row[4]]] for row in tensor["fragments"]]}
             for tensor in self._tensors
         ]
-        content = {"job": self._job, "facts": self._facts, "tensors": tensors}
+        content = {
+            "job": self._job,
+            "facts": self._facts,
+            "companions": self._companions,
+            "tensors": tensors,
+        }
         save = xxhash.xxh3_128_hexdigest(_text(content))
         headers = [self._header(file, save)[0] for file in range(len(self._files))]
         files = [

@@ -40,6 +40,10 @@ ADAMW = {
 """What torch's AdamW keeps in a param group beside numbers, at its defaults: DCP loads only what
 is there."""
 
+LEARNING_RATE = 1e-3
+NUMBERS = {"betas": {"$tuple": [0.9, 0.999]}, "eps": 1e-8, "weight_decay": 1e-2}
+"""And its numbers, for sources that tell none: a group without them loads into no optimizer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -71,7 +75,10 @@ def target(wanted: Sequence[Wanted], job: Job, options: Options) -> Target:
     for one in wanted:
         key, path = _key(one, style)
         entries.append(Entry(key, path, one, pieces(one, options.mesh, loads)))
-    things = _emitted(job) if style == "emitted" else _state_dict(wanted, job)
+    if style == "emitted" and "lr" in options.flags:
+        raise InvalidInput("--set lr: our programs (names=emitted) keep no param groups")
+    lr = float(options.flags.get("lr", LEARNING_RATE))
+    things = _emitted(job) if style == "emitted" else _state_dict(wanted, job, lr)
     weights = {one.name: one for one in wanted if one.state == "weight"}
     tied = {
         _key(replace(weights[name], name=alias), style): _key(weights[name], style)[0]
@@ -146,7 +153,7 @@ def _rows(
     return found
 
 
-def _state_dict(wanted: Sequence[Wanted], job: Job) -> list[Thing]:
+def _state_dict(wanted: Sequence[Wanted], job: Job, lr: float) -> list[Thing]:
     """The rest of `{"model": …, "optim": …}` and what stood beside them."""
     things: list[Thing] = []
     path: tuple[Any, ...]
@@ -160,7 +167,11 @@ def _state_dict(wanted: Sequence[Wanted], job: Job) -> list[Thing]:
             step = float(steps.get(name, job.step))
             things.append(Thing(".".join(path), path, small("F32", step)))
     if moments:
-        for k, group in enumerate(grouped(job.param_groups, moments)):
+        groups = [
+            group if "lr" in group else {"lr": lr, **NUMBERS, **group}
+            for group in job.param_groups or ({},)
+        ]
+        for k, group in enumerate(grouped(groups, moments)):
             for entry, value in group.items():
                 path = ("optim", "param_groups", k, entry)
                 things.append(Thing(".".join(map(str, path)), path, value))

@@ -211,14 +211,8 @@ def plan_of(wanted: Sequence[Wanted], job: Job, options: Options, universal: boo
     groups, entries = groups_of(trained, job, options.flags.get("order"))
     order = [name for group in groups for name in group]
     tag = _tag(job, options)
-    return Plan(wants, order, groups, entries, moments, job, stage, tag, mesh, _inert(options))
-
-
-def _inert(options: Options) -> bool:
-    said = options.flags.get("foreign", "")
-    if said not in ("", "data"):
-        raise InvalidInput(f"foreign={said}: expected data")
-    return bool(said == "data")
+    inert = options.flags.get("foreign") == "data"
+    return Plan(wants, order, groups, entries, moments, job, stage, tag, mesh, inert)
 
 
 def _tag(job: Job, options: Options) -> str:
@@ -249,7 +243,7 @@ def beside(job: Job, part: str) -> Mapping[str, Any]:
 
 
 def groups_of(
-    trained: Sequence[str], job: Job, order: Any
+    trained: Sequence[str], job: Job, order: Sequence[str] | None
 ) -> tuple[list[list[str]], list[dict[str, Any]]]:
     """The parameters of each param group in the engine's order, and the groups' other entries.
 
@@ -259,7 +253,7 @@ def groups_of(
     members = [list(entry.pop("params", ())) for entry in entries]
     known = set(trained)
     if order is not None:
-        listed = order if isinstance(order, list) else Path(str(order)).read_text().split()
+        listed = list(order)
         if sorted(listed) != sorted(known):
             odd = sorted(set(listed) ^ known)
             raise InvalidInput(
