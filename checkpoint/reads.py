@@ -27,6 +27,7 @@ from .formats import Options, detect
 from .formats.flags import checked
 from .plan import without_repeats
 from .sides import read
+from .verification import copies_agree
 
 FILE = "reads.jsonl"
 
@@ -94,8 +95,10 @@ def list_reads(
 def write_reads(plan: Plan, contents: Contents, logical: Mapping[Key, Array], folder: Path) -> int:
     """Writes `FOLDER/reads.jsonl` for a plan's programs and returns the bytes that it speaks of.
 
-    `logical` are the checkpoint's tensors under the names of the plan's model. Raises InvalidInput
-    where a parameter is missing, has another shape, or does not lie anywhere as it is.
+    `logical` are the checkpoint's tensors under the names of the plan's model. Of a tensor that
+    lies in several files the list names one copy; where copies have to be equal (`Array.combine`),
+    they are read and compared before. Raises InvalidInput where a parameter is missing, has another
+    shape, or does not lie anywhere as it is, CorruptCheckpoint where copies differ.
     """
     files = {name: number for number, name in enumerate(contents.files)}
     head = {
@@ -107,7 +110,9 @@ def write_reads(plan: Plan, contents: Contents, logical: Mapping[Key, Array], fo
         "train": {k: v for k, v in contents.job.others.items() if k.startswith("train.")},
     }
     lines, total = [json.dumps(head)], 0
-    for name, state, array in _wanted(plan, logical):
+    wanted = list(_wanted(plan, logical))
+    copies_agree(contents, (array for _, _, array in wanted))
+    for name, state, array in wanted:
         boxes = without_repeats(array.where().clipped(array.shape))
         covered = coverage(boxes, array.shape)
         if not covered.exactly_once:

@@ -6,7 +6,7 @@ loader would see. A tensor goes by in tiles; memory is a few buffers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
@@ -61,6 +61,25 @@ def equal(
     return Verified(len(pieces), sum(piece.nbytes for piece in pieces))
 
 
+def copies_agree(contents: Contents, arrays: Iterable[Array]) -> None:
+    """Reads tensors of which several files are said to have copies (`equal`); others are left.
+
+    Raises CorruptCheckpoint naming the first whose copies differ.
+    """
+    mover, kinds = Mover(contents.root, contents.records), _kinds(contents)
+    try:
+        for array in arrays:
+            if array.combine != "equal":
+                continue
+            piece = Piece(array.key, array, (array,))
+            joined = join(piece, kinds, kinds)
+            for span in spans_of(piece, joined):
+                for tile in tiles_of(joined, *span):
+                    mover.load(tile.size, tile.reads, array, Hashes())
+    finally:
+        mover.close()
+
+
 class _Compare:
     def __init__(self, source: Contents, target: Contents, threads: int, advance: Advance) -> None:
         self._source, self._target = source, target
@@ -101,15 +120,15 @@ class _Compare:
         """The source's block against every box of the target that meets it."""
         one, other, _ = self._mover()
         source, target = piece.source, piece.targets[0]
-        block = one.load(tile.size, tile.reads, source.dtype, source.combine, Hashes())
+        block = one.load(tile.size, tile.reads, source, Hashes())
         if source.dtype != target.dtype:
             block = one.cast(block, source.dtype, target.dtype)
         if target.combine != "copy":
-            got = other.load(tile.size, tile.writes, target.dtype, target.combine, Hashes())
+            got = other.load(tile.size, tile.writes, target, Hashes())
             self._same(piece, block, got, begin)
         else:
             for move in tile.writes:
-                got = other.load(move.size, (_alone(move),), target.dtype, "copy", Hashes())
+                got = other.load(move.size, (_alone(move),), target, Hashes())
                 self._same(piece, block[_slices(move)], got, begin + np.array(move.begin, np.int64))
         self._advance(block.nbytes)
 
@@ -137,9 +156,9 @@ class _Compare:
         one, _, again = self._mover()
         for task in (Task(0, own, joined, *span) for span in spans_of(own, joined)):
             for tile in tiles_of(task.joined, task.first, task.last):
-                block = one.load(tile.size, tile.reads, source.dtype, "copy", Hashes())
+                block = one.load(tile.size, tile.reads, source, Hashes())
                 for move in tile.writes:
-                    got = again.load(move.size, (_alone(move),), source.dtype, "copy", Hashes())
+                    got = again.load(move.size, (_alone(move),), source, Hashes())
                     if not np.array_equal(block[_slices(move)], got):
                         file = self._source.records[move.record].file
                         raise VerificationFailed(

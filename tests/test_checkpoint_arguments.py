@@ -92,7 +92,7 @@ def test_what_nothing_looks_at_is_refused(
         ("universal", "--mesh tp=2", "universal holds whole tensors"),
         ("orbax", "--mesh dp=2", "orbax holds whole tensors"),
         ("dcp", "--mesh vpp=2", "dcp has no virtual stages"),
-        ("megatron", "--mesh etp=2", "splits nothing along it"),
+        ("megatron", "--mesh etp=2", "as many tensor ranks as the rest"),
         ("orbax", "--set nested=yes", "--set nested=yes: expected true or false"),
         ("orbax", "--set chunk_bytes=abc", "--set chunk_bytes=abc: expected bytes"),
         ("megatron", "--set stages=1-x", "--set stages=1-x: expected layers of each stage"),
@@ -196,12 +196,13 @@ def test_inspect_counts_what_ranks_hold_once_or_says_that_it_cannot(
 
 
 def test_inspect_of_an_unclear_layout_says_so(tmp_path: Path) -> None:
-    """Shards of names that no layout has: two ranks hold a vector each, copies or halves."""
+    """Shards of names that no layout has: two ranks hold a vector each, halves or partial."""
     torch = pytest.importorskip("torch")
     for rank in range(2):
         folder = tmp_path / "iter_0000001" / f"mp_rank_{rank:02d}"
         folder.mkdir(parents=True)
-        torch.save({"model": {"odd": torch.ones(4)}, "iteration": 1}, folder / "model_optim_rng.pt")
+        state = {"model": {"odd": torch.full((4,), float(rank))}, "iteration": 1}
+        torch.save(state, folder / "model_optim_rng.pt")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
     found = inspect(tmp_path)
     assert found.parameters is None and "not clear" in found.layout

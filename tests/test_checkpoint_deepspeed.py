@@ -326,7 +326,8 @@ def test_what_deepspeed_cannot_say_is_refused(tmp_path: Path) -> None:
     for some, options, said in [
         (weights, Options(), "master"),
         (wanted[1:], Options(mesh={"dp": 2}, flags={"stage": 1}), "weight of a.w"),
-        (wanted, Options(mesh={"pp": 2}), "axes dp and tp"),
+        (wanted, Options(mesh={"pp": 2}), "axes dp, tp and ep, not pp"),
+        (wanted, Options(mesh={"dp": 2, "ep": 2}), "ep=2: DeepSpeed shares experts among ranks in"),
         (wanted, Options(flags={"stage": 4}), "stage=4: expected 1, 2 or 3"),
         (wanted, Options(flags={"order": ["b.w"]}), "order: 1 names"),
     ]:

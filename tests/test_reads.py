@@ -156,6 +156,39 @@ def test_what_is_missing_or_of_another_shape_is_named(
     assert not (tmp_path / "reads.jsonl").exists()
 
 
+@pytest.mark.parametrize("cut", [[], [5, 40]])
+def test_copies_that_have_to_be_equal_are_compared(
+    tmp_path: Path,
+    plan: sw.Plan,
+    weights: dict[str, np.ndarray],  # type: ignore[type-arg]
+    cut: list[int],
+) -> None:
+    """A list names one copy of each element; a copy in other pieces that differs is named."""
+    folder, again = Folder(tmp_path / "source"), Folder(tmp_path / "source")
+    for name, values in weights.items():
+        folder.add(name, values, [])
+    one = "model.layers.1.mlp.up_proj.weight"
+    again.records = folder.records
+    again.add(one, weights[one], cut)
+    both = [side.arrays[WEIGHT, one].where() for side in (folder, again)]
+    copies = replace(
+        folder.arrays[WEIGHT, one], where=lambda: Boxes.joined(both, 2), combine="equal"
+    )
+    arrays = folder.arrays | {(WEIGHT, one): copies}
+    write_reads(plan, folder.contents(), arrays, tmp_path)
+    lines = map(json.loads, (tmp_path / "reads.jsonl").read_text().splitlines()[1:])
+    boxes = next(line["boxes"] for line in lines if line["name"] == one)
+    assert sum(prod(box[3]) for box in boxes) == prod(weights[one].shape)
+    last = tmp_path / "source" / folder.records[-1].file
+    data = bytearray(last.read_bytes())
+    data[-1] ^= 1
+    last.write_bytes(data)
+    with pytest.raises(
+        sw.CorruptCheckpoint, match=rf"{last.name} hold different values of {one} \(weight\)"
+    ):
+        write_reads(plan, folder.contents(), arrays, tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "layout"),

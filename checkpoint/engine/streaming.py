@@ -167,7 +167,7 @@ class Stream:
         hashes, files = Hashes(), set()
         for tile in tiles_of(task.joined, task.first, task.last):
             mover.aim(tile.writes, itemsize(dtype))
-            block = mover.load(tile.size, tile.reads, source.dtype, source.combine, hashes)
+            block = mover.load(tile.size, tile.reads, source, hashes)
             if dtype != source.dtype:
                 block = mover.cast(block, source.dtype, dtype)
             mover.store(block, tile.writes, hashes)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...ir.errors import CorruptCheckpoint
-from ..contents import DigestKind, Record
+from ..contents import Array, DigestKind, Record
 from ..dtypes import as_numpy, itemsize
 from ..plan import FRAGMENT_BYTES
 from .digests import SMALLEST_PART, Part, check, crc32, streamed, whole
@@ -139,16 +139,16 @@ class Mover:
             self._phase = phase if phase % width == 0 else 0
 
     def load(
-        self, size: Sequence[int], reads: Sequence[Move], dtype: str, combine: str, hashes: Hashes
+        self, size: Sequence[int], reads: Sequence[Move], array: Array, hashes: Hashes
     ) -> NDArray[np.generic]:
         """A block of a logical tensor, as words of the dtype's size, or, where summands are
         combined, in the dtype. Raises CorruptCheckpoint where copies that have to be equal are
         not."""
-        width = itemsize(dtype)
-        if combine == "equal":
-            return self._equal(size, reads, width, hashes)
-        if combine != "copy":
-            return self._combined(size, reads, dtype, combine, hashes)
+        width = itemsize(array.dtype)
+        if array.combine == "equal":
+            return self._equal(size, reads, array, hashes)
+        if array.combine != "copy":
+            return self._combined(size, reads, array, hashes)
         block = self._words("tile", size, width)
         for move in reads:
             self._read(move, block, hashes)
@@ -187,9 +187,10 @@ class Mover:
         return self.buffer(name, count * width).view(_WORDS[width]).reshape(tuple(size))
 
     def _equal(
-        self, size: Sequence[int], reads: Sequence[Move], width: int, hashes: Hashes
+        self, size: Sequence[int], reads: Sequence[Move], array: Array, hashes: Hashes
     ) -> NDArray[np.generic]:
         """All copies of a block are read, and compared by their bytes."""
+        width = itemsize(array.dtype)
         block = self._words("tile", size, width)
         holders = np.full(tuple(size), -1, np.int32)
         for number, move in enumerate(reads):
@@ -202,19 +203,20 @@ class Mover:
                 other = reads[int(held[differs].flat[0])]
                 one, two = (self._records[m.record].file for m in (other, move))
                 raise CorruptCheckpoint(
-                    f"{self._root}: {one} and {two} hold different values of a tensor of which "
-                    "they are said to have copies; files of different runs are mixed, or it is no "
-                    "copy: then a layout has to say what it is, see --spec"
+                    f"{self._root}: {one} and {two} hold different values of {array.name} "
+                    f"({array.state}), of which they are said to have copies; files of different "
+                    "runs are mixed, or it is no copy: then a layout has to say what it is, see "
+                    "--spec"
                 )
             block[at] = part
             held[...] = number
         return block
 
     def _combined(
-        self, size: Sequence[int], reads: Sequence[Move], dtype: str, combine: str, hashes: Hashes
+        self, size: Sequence[int], reads: Sequence[Move], array: Array, hashes: Hashes
     ) -> NDArray[np.generic]:
         """Sums (or means) of the boxes that lie over each other, in at least float32."""
-        real = as_numpy(dtype)
+        real = as_numpy(array.dtype)
         wide = np.dtype(np.float64) if real.itemsize == 8 else np.dtype(np.float32)
         total, counts = np.zeros(tuple(size), wide), np.zeros(tuple(size), np.int32)
         for move in reads:
@@ -226,10 +228,10 @@ class Mover:
             counts[at] += 1
         if counts.size and counts.min() != counts.max():
             raise CorruptCheckpoint(
-                f"{self._root}: a tensor that is to be the {combine} of its copies has "
-                f"{counts.min()} of some elements and {counts.max()} of others"
+                f"{self._root}: {array.name} ({array.state}) is the {array.combine} of its copies, "
+                f"of which there are {counts.min()} for some elements and {counts.max()} for others"
             )
-        if combine == "mean" and counts.size:
+        if array.combine == "mean" and counts.size:
             total /= wide.type(counts.flat[0])
         return self.words(total.astype(real))
 

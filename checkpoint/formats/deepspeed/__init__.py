@@ -14,12 +14,14 @@ from .assembling import arrays_of
 from .description import agreed, job_of, left_out
 from .directory import LATEST, Directory, is_tag, listed, tagged
 from .layers import layer_states
-from .model_states import model_files
+from .model_states import expert_files, model_files
 from .optimizer_states import optimizer_file
 from .planning import Files, finished, plan_of
-from .reading import Found, stage_of, states_of
+from .reading import Found
+from .states import states_of
 from .tensor_ranks import info_of
 from .trainer_files import trainer_files, with_trainer_files
+from .zero_states import stage_of
 
 __all__ = ["found", "read", "target"]
 
@@ -70,7 +72,8 @@ def read(root: Path, options: Options) -> Contents:
 
 
 def target(wanted: Sequence[Wanted], job: Job, options: Options) -> Target:
-    """The files of every rank of `options.mesh` (`dp`, `tp`).
+    """The files of every rank of `options.mesh` (`dp`, `tp`, and `ep`: of the data ranks, how many
+    share the experts of DeepSpeed-MoE).
 
     Flags: `stage` (1, 2 or 3; the source's, else 2), `order`, the names of the parameters in the
     order of the engine's optimizer (else as the source has them).
@@ -87,6 +90,7 @@ def target(wanted: Sequence[Wanted], job: Job, options: Options) -> Target:
         model_files(plan, rank, files)
         for data_rank in range(plan.data_ranks):
             optimizer_file(plan, rank, data_rank, files)
+    expert_files(plan, files)
     trainer_files(job, files)
     return finished(files, plan.wants, "deepspeed", [Given(LATEST, 0, plan.tag.encode())])
 

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ....ir import CorruptCheckpoint
-from ...contents import Job
+from ...contents import BUFFER, Job
 from ...pickles import Tensor, encode
+from .expert_names import in_all_experts
 from .reading import Found, shapes_of
+from .sharing import LAYERS
 
 _TENSORS = {
     "module", "optimizer", "param_shapes", "frozen_param_shapes",
@@ -82,13 +84,21 @@ def job_of(
         # Each of torch's parameters is a flat buffer, for which there are shapes.
         flat = entry.get("params", [number])
         known = all(isinstance(i, int) and i < len(shapes) for i in flat)
-        made["params"] = [name for i in flat for name in shapes[i]] if known else []
+        made["params"] = (
+            [name for i in flat for name in in_all_experts(shapes[i], found.experts)]
+            if known
+            else []
+        )
         groups.append(made)
     scaling = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
     beside = {key: encode(held[key]) for key in scaling if key in held}
     scheduler = model.get("lr_scheduler")
     kept = {k: encode(v) for k, v in model.items() if k not in _TENSORS and _small(v)}
+    if "buffer_names" in kept:  # of all stages and experts, and not those of one rank
+        kept["buffer_names"] = [name for state, name in found.pieces if state == BUFFER]
     others: dict[str, Any] = {"deepspeed": {"model": kept, "optimizer": beside, "tag": found.tag}}
+    if found.moe_layers:
+        others["deepspeed"][LAYERS] = found.moe_layers
     if found.keys:
         others["deepspeed"]["parameters"] = {n: encode(said) for n, said in found.keys.items()}
     shared = model.get("shared_params")

@@ -18,7 +18,9 @@ _NAME_BYTES = 255
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 _LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
-_EXPERT = re.compile(r"layer_\d+_expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_.*\.pt")
+_EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_EXPERTS_OPTIMIZER = re.compile(r"expp_rank_\d+_mp_rank_\d+_optim_states\.pt")
+_OLD_EXPERT = re.compile(r"expert_\d+_mp_rank_\d+_model_states\.pt")
 
 Rank = tuple[int, int]
 """(model rank, data rank)."""
@@ -27,12 +29,15 @@ Rank = tuple[int, int]
 @dataclass(frozen=True, slots=True)
 class Directory:
     """The files of one step: `model` states by rank (data rank 0 where all share one file),
-    `optimizer` states by rank, pipeline `layers` by (layer, tensor rank)."""
+    `optimizer` states by rank, pipeline `layers` by (layer, tensor rank), `experts` by (MoE layer,
+    expert), and `expert_ranks`, optimizer states that are not ZeRO's."""
 
     path: Path
     model: Mapping[Rank, str]
     optimizer: Mapping[Rank, str]
     layers: Mapping[tuple[int, int], str]
+    experts: Mapping[tuple[int, int], str]
+    expert_ranks: tuple[str, ...]
 
     @property
     def model_ranks(self) -> int:
@@ -82,19 +87,30 @@ def listed(path: Path) -> Directory:
     model: dict[Rank, str] = {}
     optimizer: dict[Rank, str] = {}
     layers: dict[tuple[int, int], str] = {}
+    experts: dict[tuple[int, int], str] = {}
+    expert_ranks: list[str] = []
     for name in sorted(p.name for p in path.iterdir()):
-        if _EXPERT.fullmatch(name):
+        if _OLD_EXPERT.fullmatch(name):
             raise InvalidInput(
-                f"{path / name}: experts of DeepSpeed-MoE, which are not read; convert them with "
-                "DeepSpeed's ds_to_universal first"
+                f"{path / name}: an expert as DeepSpeed wrote them before it numbered MoE layers, "
+                "which is not read; load and save it with a newer DeepSpeed (layer_L_expert_E_…)"
             )
-        if found := _OPTIMIZER.fullmatch(name):
+        if found := _EXPERT.fullmatch(name):
+            if int(found[3]):
+                raise InvalidInput(
+                    f"{path / name}: experts of a job with tensor or pipeline parallelism, which "
+                    "are not read; save them in a job without"
+                )
+            _put(experts, (int(found[1]), int(found[2])), name, path)
+        elif _EXPERTS_OPTIMIZER.fullmatch(name):
+            expert_ranks.append(name)
+        elif found := _OPTIMIZER.fullmatch(name):
             _put(optimizer, (int(found[2]), int(found[1])), name, path)
         elif found := _MODEL.fullmatch(name):
             _put(model, (int(found[2]), int(found[1] or 0)), name, path)
         elif found := _LAYER.fullmatch(name):
             _put(layers, (int(found[1]), int(found[2] or 0)), name, path)
-    directory = Directory(path, model, optimizer, layers)
+    directory = Directory(path, model, optimizer, layers, experts, tuple(expert_ranks))
     sharded = any(name.startswith("zero_") for name in model.values())
     for rank in range(directory.model_ranks):
         for data_rank in range(directory.data_ranks):

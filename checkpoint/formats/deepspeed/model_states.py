@@ -23,6 +23,7 @@ from ...pickles import (
     hole,
 )
 from ...placement import shard_of, shard_shape
+from .expert_names import split_name
 from .flat import partition_elements, partitions
 from .planning import (
     Files,
@@ -39,7 +40,11 @@ def model_files(plan: Plan, rank: int, files: Files) -> None:
     """The model states of a tensor rank."""
     at = {"tp": rank}
     flat, _ = flat_groups(plan, rank)
-    shapes = [Ordered({name: Size(plan.shape(name, rank)) for name in group}) for group in flat]
+    named = _own_names(plan)
+    shapes = [
+        Ordered({named[name]: Size(plan.shape(name, rank)) for name in group if name in named})
+        for group in flat
+    ]
     buffers = plan.buffers
     frozen = [
         name
@@ -58,14 +63,16 @@ def model_files(plan: Plan, rank: int, files: Files) -> None:
         places: list[Place] = []
         for name in (*plan.order, *frozen):
             key = (WEIGHT, name)
+            if split_name(name)[0]:  # has a file of its own
+                continue
             if sharded or key not in plan.wants:
                 dtype = plan.wants[key].dtype if key in plan.wants else "F32"
                 module[name] = hole(dtype, (0,))
                 continue
             module[name] = _whole(plan, key, at, places)
         for name in buffers:
-            key = (BUFFER, name) if (BUFFER, name) in plan.wants else (WEIGHT, name)
-            module[name] = _whole(plan, key, at, places)
+            if not split_name(name)[0]:
+                module[name] = _whole(plan, _buffer(plan, name), at, places)
         for alias, name in shared.items():
             module[alias] = module[name]
         module.attributes = {"_metadata": Ordered()}
@@ -81,15 +88,21 @@ def model_files(plan: Plan, rank: int, files: Files) -> None:
                     {name: local}, data_rank, plan.data_ranks, [fragments[name].numel]
                 )
                 places += [place_of(plan, key, at, fragments[name], piece) for piece in pieces]
-            else:
+            elif name in module:
                 fragments[name] = module[name]
+            elif name in named:
+                fragments[named[name]] = _whole(plan, key, at, places)
         state = {
             "module": module,
-            "buffer_names": buffers,
+            "buffer_names": [named[name] for name in buffers if name in named],
             "optimizer": None,
             "param_shapes": shapes,
             "frozen_param_shapes": Ordered(
-                {n: Size(shard_shape(plan.wants[WEIGHT, n], plan.mesh, at)) for n in frozen}
+                {
+                    named[n]: Size(shard_shape(plan.wants[WEIGHT, n], plan.mesh, at))
+                    for n in frozen
+                    if n in named
+                }
             ),
             "shared_params": shared,
             "frozen_param_fragments": fragments,
@@ -103,12 +116,37 @@ def model_files(plan: Plan, rank: int, files: Files) -> None:
         files.add(f"{plan.tag}/{name}", state, places)
 
 
+def expert_files(plan: Plan, files: Files) -> None:
+    """The weights and buffers of all experts, each in a file of its own."""
+    held: dict[str, list[Key]] = {}
+    numbers = {layer: number for number, layer in enumerate(plan.sharing.counts)}
+    for state, name in plan.wants:
+        layer, expert, _ = split_name(name)
+        if layer and state in (WEIGHT, BUFFER):
+            file = f"layer_{numbers[layer]}_expert_{expert}_mp_rank_00_model_states.pt"
+            held.setdefault(file, []).append((state, name))
+    for file, keys in held.items():
+        places: list[Place] = []
+        value = {key[1]: _whole(plan, key, {}, places) for key in keys}
+        files.add(f"{plan.tag}/{file}", value, places)
+
+
+def _own_names(plan: Plan) -> dict[str, str]:
+    """What the first rank, which writes model states, calls parameters and buffers that it has."""
+    called = {name: plan.sharing.called(name, 0) for _, name in plan.wants}
+    return {name: own for name, own in called.items() if own is not None}
+
+
+def _buffer(plan: Plan, name: str) -> Key:
+    return (BUFFER, name) if (BUFFER, name) in plan.wants else (WEIGHT, name)
+
+
 def counted(plan: Plan) -> dict[str, Any]:
     """Counters, sizes and what a DeepSpeed source held beside them."""
     kept = {
         key: _client_state(plan, key, decode(value))
         for key, value in plan.kept.items()
-        if key not in ("ds_config", "param_shapes", INFO)
+        if key not in ("ds_config", "param_shapes", INFO, "num_experts")
     }
     step = plan.job.step or 0
     config = decode(plan.kept.get("ds_config")) or {}
@@ -123,6 +161,7 @@ def counted(plan: Plan) -> dict[str, Any]:
         "global_samples": step,
         "ds_version": plan.version,
         **kept,
+        **({"num_experts": list(plan.sharing.counts.values())} if plan.sharing.counts else {}),
         "skipped_steps": skipped,
         "global_steps": step + skipped,
         "dp_world_size": plan.data_ranks,

@@ -67,14 +67,16 @@ def _stage2(plan: Plan, rank: int, data_rank: int, places: list[Place]) -> dict[
     at = {"tp": rank}
     states: dict[int, Any] = {}
     masters: list[Tensor] = []
-    paddings, inner, mappings = [], [], []
+    paddings, inner, mappings, counts = [], [], [], []
     for g, group in enumerate(plan.groups):
-        shapes = {name: plan.shape(name, rank) for name in group}
+        own = plan.sharing.own(group, data_rank, plan.data_ranks)
+        shapes = {name: plan.shape(name, rank) for name in own.names}
         none = [0] * len(shapes)
-        held, total = group_total(list(shapes.values()), none, plan.data_ranks)
-        each = total // plan.data_ranks
-        filled = min(max(held - data_rank * each, 0), each)
-        pieces = slices(shapes, none, data_rank, each)
+        held, total = group_total(list(shapes.values()), none, own.parts)
+        each = total // own.parts
+        filled = min(max(held - own.part * each, 0), each)
+        pieces = slices(shapes, none, own.part, each)
+        counts.append(own.parts)
         # DeepSpeed strips the padding from the master weights, and not from the moments.
         master = hole("F32", (filled,))
         masters.append(master)
@@ -91,7 +93,7 @@ def _stage2(plan: Plan, rank: int, data_rank: int, places: list[Place]) -> dict[
             )
             for p in pieces
         ]
-        mappings.append(Ordered(zip((p.name for p in pieces), address, strict=True)))
+        mappings.append(Ordered(zip((own.names[p.name] for p in pieces), address, strict=True)))
     base = {
         "state": states,
         "param_groups": param_groups(plan.entries, [[g] for g in range(len(plan.groups))]),
@@ -103,7 +105,7 @@ def _stage2(plan: Plan, rank: int, data_rank: int, places: list[Place]) -> dict[
         "zero_stage": stage_enum(plan.stage),
         "group_paddings": paddings,
         "param_alignment_paddings": inner,
-        "partition_count": [plan.data_ranks] * len(plan.groups),
+        "partition_count": counts,
         "ds_version": plan.version,
         "param_slice_mappings": mappings,
     }

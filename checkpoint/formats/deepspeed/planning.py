@@ -32,7 +32,9 @@ from ...pickles import (
 )
 from ...placement import shard_of, shard_shape
 from .. import Options
+from .expert_names import DATA_FIRST, split_name
 from .flat import Piece, partition_elements
+from .sharing import LAYERS, Sharing, shared
 
 _SUB_GROUP_ELEMENTS = 10**9
 """DeepSpeed's default of `sub_group_size` (zero/config.py)."""
@@ -87,6 +89,7 @@ class Plan:
     stage: int
     tag: str
     mesh: Mapping[str, int]
+    sharing: Sharing
     inert: bool = False
     """Pieces of client state that a pickle would call are written as plain values."""
 
@@ -174,9 +177,9 @@ def plan_of(wanted: Sequence[Wanted], job: Job, options: Options, universal: boo
     """What is to be written; raises InvalidInput where DeepSpeed could not load it."""
     wants = {one.key: one for one in wanted}
     mesh = dict(options.mesh)
-    if unknown := {axis for axis, n in mesh.items() if n > 1} - {"dp", "tp"}:
+    if unknown := {axis for axis, n in mesh.items() if n > 1} - {"dp", "tp", "ep"}:
         raise InvalidInput(
-            f"mesh {mesh}: DeepSpeed's ZeRO files have the axes dp and tp, not "
+            f"mesh {mesh}: DeepSpeed's ZeRO files have the axes dp, tp and ep, not "
             f"{', '.join(sorted(unknown))}"
         )
     said = str(options.flags.get("stage", _stage_of(job)))
@@ -208,11 +211,28 @@ def plan_of(wanted: Sequence[Wanted], job: Job, options: Options, universal: boo
             f"the weight of {lacking[0]}: ZeRO-{stage} keeps weights whole beside the optimizer; "
             "add --states weight,master,exp_avg,exp_avg_sq"
         )
+    experts = [name for _, name in wants if split_name(name)[0]]
+    if experts and (universal or stage == 3 or mesh.get("tp", 1) > 1):
+        raise InvalidInput(
+            f"{experts[0]}: an expert of DeepSpeed-MoE, whose engines load experts of --to "
+            "deepspeed with stage=1 or 2 and without tp; choose these, or give the experts other "
+            "names by --target-spec"
+        )
     groups, entries = groups_of(trained, job, options.flags.get("order"))
+    config = decode(beside(job, "model").get("ds_config"))
+    data_first = isinstance(config, dict) and bool(config.get(DATA_FIRST))
+    pairs = list(zip(entries, groups, strict=True))
+    pairs, sharing = shared(pairs, wants, mesh, _moe_layers(job), data_first)
+    entries, groups = [entry for entry, _ in pairs], [group for _, group in pairs]
     order = [name for group in groups for name in group]
     tag = _tag(job, options)
     inert = options.flags.get("foreign") == "data"
-    return Plan(wants, order, groups, entries, moments, job, stage, tag, mesh, inert)
+    return Plan(wants, order, groups, entries, moments, job, stage, tag, mesh, sharing, inert)
+
+
+def _moe_layers(job: Job) -> list[str]:
+    kept = job.others.get("deepspeed")
+    return list(kept.get(LAYERS, ())) if isinstance(kept, dict) else []
 
 
 def _tag(job: Job, options: Options) -> str:

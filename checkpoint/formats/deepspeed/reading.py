@@ -1,27 +1,24 @@
-"""The states of DeepSpeed's ranks, as tables of boxes."""
+"""The files of DeepSpeed's ranks as tables of boxes, and what model states hold."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from ....ir import CorruptCheckpoint, InvalidInput
+from ....ir import CorruptCheckpoint
 from ...boxes import Boxes, flat_range, row_major
-from ...contents import BUFFER, MASTER, WEIGHT, Key, Record
+from ...contents import BUFFER, WEIGHT, Key, Record
 from ...pickles import (
-    StandIn,
     Storage,
     Tensor,
     mapping_of,
     open_torch,
-    scalar,
     sequence_of,
 )
 from .directory import Directory
-from .flat import Piece, partitions, slices
+from .flat import Piece, partitions
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -44,6 +41,10 @@ class Found:
     """By file, the step of each of its groups."""
     keys: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By parameter, what DeepSpeed's universal form says beside it (`cat_dim`, …)."""
+    experts: dict[str, dict[str, None]] = field(default_factory=dict)
+    """By the name that ranks give a parameter of their experts, all that are called so."""
+    moe_layers: list[str] = field(default_factory=list)
+    """What the experts' names begin with, by layer."""
     tag: str = ""
     kept: list[Storage] = field(default_factory=list)
     unread: list[Record] = field(default_factory=list)
@@ -104,33 +105,6 @@ class Found:
         for name, shape in shapes.items():
             boxes = Boxes.of(rows.get(name, []), len(shape))
             self.add((state, name), rank, shape, dtype, boxes, file)
-
-
-def states_of(directory: Directory, found: Found) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Reads all files, and gives (name, its dict without tensors) of each as it comes."""
-    shapes: dict[tuple[int, int], list[Shapes]] = {}
-    for (rank, data_rank), name in sorted(directory.model.items()):
-        state = loaded(directory, name, found.unread)
-        _check_ranks(directory, state)
-        shapes[rank, data_rank] = shapes_of(state, name)
-        parts = directory.data_ranks if name.startswith("zero_") else 0
-        model_state(found, rank, data_rank, state, name, parts)
-        yield name, state
-    for (rank, data_rank), name in sorted(directory.optimizer.items()):
-        state = loaded(directory, name, found.unread)
-        own = shapes.get((rank, data_rank), shapes[rank, 0])
-        _optimizer(found, (rank, data_rank), directory.data_ranks, own, state, name)
-        yield name, state
-
-
-def _check_ranks(directory: Directory, state: Mapping[str, Any]) -> None:
-    """As many optimizer states as the model states say."""
-    data_ranks = state.get("dp_world_size")
-    if directory.optimizer and data_ranks not in (None, directory.data_ranks):
-        raise CorruptCheckpoint(
-            f"{directory.path}: optimizer states of {directory.data_ranks} ranks, the model states "
-            f"are of {data_ranks}; files are missing, or of different runs"
-        )
 
 
 def loaded(directory: Directory, name: str, unread: list[Record]) -> dict[str, Any]:
@@ -197,159 +171,3 @@ def model_state(
         else:
             pieces = partitions({name: shape}, data_rank, parts, [fragment.numel])
             found.flat(WEIGHT, rank, {name: shape}, pieces, [fragment], file)
-
-
-def _optimizer(
-    found: Found, ranks: tuple[int, int], data_ranks: int, shapes: list[Shapes],
-    state: Mapping[str, Any], file: str,
-) -> None:  # fmt: skip
-    held = mapping_of(state.get("optimizer_state_dict"), f"{file}: optimizer_state_dict")
-    stage = stage_of(held)
-    if stage == 3:
-        _stage3(found, ranks, data_ranks, shapes, held, file)
-    else:
-        _stage2(found, ranks, data_ranks, shapes, held, file)
-
-
-def stage_of(held: Mapping[str, Any]) -> int:
-    """ZeRO's stage: an enum of DeepSpeed's, or a number."""
-    value = held.get("zero_stage")
-    if isinstance(value, StandIn) and value.args:
-        value = value.args[0]
-    return value if isinstance(value, int) else 3 if "fp32_flat_groups" in held else 1
-
-
-def _stage2(
-    found: Found, ranks: tuple[int, int], data_ranks: int, groups: list[Shapes],
-    held: Mapping[str, Any], file: str,
-) -> None:  # fmt: skip
-    rank, data_rank = ranks
-    masters = sequence_of(held.get("single_partition_of_fp32_groups"), f"{file}: fp32 groups")
-    counts = held.get("partition_count", [data_ranks] * len(masters))
-    counts = counts if isinstance(counts, list) else [counts] * len(masters)
-    paddings = held.get("group_paddings") or [0] * len(masters)
-    inner = held.get("param_alignment_paddings") or [[0] * len(shapes) for shapes in groups]
-    if not len(masters) == len(groups) == len(paddings) == len(inner):
-        raise CorruptCheckpoint(
-            f"{file}: {len(masters)} groups, the model states have {len(groups)}; files of "
-            "different runs are mixed"
-        )
-    if any(count != data_ranks for count in counts):
-        raise InvalidInput(
-            f"{file}: groups are partitioned among {counts} of {data_ranks} ranks (experts of "
-            "their own data parallelism), which is not read; use DeepSpeed's ds_to_universal"
-        )
-    for g, (shapes, master) in enumerate(zip(groups, masters, strict=True)):
-        states, step = _base_state(held, g, file)
-        each = master.numel + paddings[g]
-        for tensor in states.values():
-            each = max(each, tensor.numel)
-        total = sum(map(prod, shapes.values())) + sum(inner[g])
-        if not total <= each * data_ranks or master.numel > each:
-            raise CorruptCheckpoint(
-                f"{file}: a slice of {each} elements on {data_ranks} ranks, the parameters of "
-                f"group {g} have {total}; files of different runs are mixed"
-            )
-        pieces = slices(shapes, inner[g], data_rank, each)
-        _check_mapping(held, g, pieces, file)
-        found.flat(MASTER, rank, shapes, pieces, [master], file)
-        for key, tensor in states.items():
-            found.flat(key, rank, shapes, pieces, [tensor], file)
-        if step is not None:
-            found.steps.setdefault(file, {})[g] = step
-
-
-def _base_state(
-    held: Mapping[str, Any], group: int, file: str
-) -> tuple[dict[str, Tensor], float | None]:
-    """The moments of a group, and its step."""
-    base = held.get("base_optimizer_state")
-    step = scalar(held.get("base_optimizer_state_step"))
-    if isinstance(base, list):  # DeepSpeed's elastic form
-        states = base[group] if group < len(base) else {}
-    else:
-        states = mapping_of(base, f"{file}: base_optimizer_state").get("state", {}).get(group, {})
-        entries = base["param_groups"] if isinstance(base, dict) else []
-        if group < len(entries) and "step" in entries[group]:  # where fused optimizers keep it
-            step = scalar(entries[group]["step"])
-    if "step" in states:
-        step = scalar(states["step"])
-    tensors = {
-        key: value
-        for key, value in states.items()
-        if isinstance(value, Tensor) and key != "step" and len(value.shape) == 1
-    }
-    return tensors, None if step is None else float(step)
-
-
-def _check_mapping(held: Mapping[str, Any], group: int, pieces: list[Piece], file: str) -> None:
-    """DeepSpeed's own account of a slice (`param_slice_mappings`) says the same as ours."""
-    mappings = held.get("param_slice_mappings")
-    if not mappings:
-        return
-    said = {
-        name: (address.state["start"], address.state["numel"])
-        for name, address in mappings[group].items()
-        if isinstance(address, StandIn) and isinstance(address.state, dict)
-    }
-    found = {piece.name: (piece.offset, piece.end - piece.begin) for piece in pieces}
-    for name in said.keys() | found.keys():
-        if said.get(name, (0, 0)) != found.get(name, (0, 0)) and said.get(name, (0, 0))[1]:
-            raise CorruptCheckpoint(
-                f"{file}: {name} lies at {said.get(name)} by param_slice_mappings, at "
-                f"{found.get(name)} by the shapes of the model states; the files do not belong "
-                "together, or the parameters' order was changed"
-            )
-
-
-def _stage3(
-    found: Found, ranks: tuple[int, int], data_ranks: int, groups: list[Shapes],
-    held: Mapping[str, Any], file: str,
-) -> None:  # fmt: skip
-    rank, data_rank = ranks
-    if held.get("partition_count", data_ranks) not in (data_ranks, [data_ranks]):
-        raise InvalidInput(
-            f"{file}: partitioned among {held['partition_count']} of {data_ranks} ranks (MiCS or "
-            "experts of their own data parallelism), which is not read"
-        )
-    for group in sequence_of(held.get("ds_zero_partition_groups") or (), f"{file}: groups"):
-        known = isinstance(group, dict) and group.get("partition_count") == data_ranks
-        said = group.get("partition_rank", data_rank) if known else data_rank
-        if said != data_rank:
-            raise CorruptCheckpoint(
-                f"{file}: says that it is of data rank {said}: files have been swapped or renamed; "
-                "give them their names back"
-            )
-    shapes = {name: shape for group in groups for name, shape in group.items()}
-    masters = list(sequence_of(held.get("fp32_flat_groups"), f"{file}: fp32_flat_groups"))
-    sizes = [tensor.numel for tensor in masters]
-    total = sum(-(-prod(shape) // data_ranks) for shape in shapes.values())
-    if sum(sizes) != total:
-        raise CorruptCheckpoint(
-            f"{file}: {sum(sizes)} elements, the model states' parameters on {data_ranks} ranks "
-            f"make {total}; files of different runs are mixed"
-        )
-    pieces = partitions(shapes, data_rank, data_ranks, sizes)
-    found.flat(MASTER, rank, shapes, pieces, masters, file)
-    base = mapping_of(held.get("optimizer_state_dict"), f"{file}: optimizer_state_dict")
-    states = base.get("state", {})
-    keys = {
-        key for entry in states.values() for key, value in entry.items()
-        if isinstance(value, Tensor) and key != "step" and len(value.shape) == 1
-    }  # fmt: skip
-    for key in sorted(keys):
-        tensors = [states.get(k, {}).get(key) for k in range(len(masters))]
-        bad = [k for k, t in enumerate(tensors) if t is None or t.numel != sizes[k]]
-        if bad:
-            raise CorruptCheckpoint(
-                f"{file}: {key} of sub-group {bad[0]} is missing or of another "
-                "size than its weights"
-            )
-        found.flat(key, rank, shapes, pieces, tensors, file)
-    entries = base.get("param_groups", [])
-    for k in range(len(masters)):
-        step = scalar(states.get(k, {}).get("step"))
-        if step is None and entries and "step" in entries[0]:
-            step = scalar(entries[0]["step"])
-        if step is not None:
-            found.steps.setdefault(file, {})[k] = float(step)
