@@ -17,6 +17,11 @@ NOT_SHIPPED = {"tests", "examples", "benchmarks", "docs", "build", "dist", "out"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Compiling takes most of the time of JAX programs that run a few steps: LLVM may hurry. (Programs
+# kept between processes would be faster still, but what XLA loads of them for the CPU has lost the
+# order of its collectives, and hangs.)
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 # No deadline: the machine is shared. CI draws the same examples each time, developers new ones.
 settings.register_profile("house", deadline=None, derandomize="CI" in os.environ, print_blob=True)
 settings.load_profile("house")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from host_devices import environment
 from safetensors.numpy import load_file
 
 from shardwright.checkpoint import convert, inspect
@@ -232,7 +233,7 @@ def test_eight_devices_save_and_six_restore(kind: str, tmp_path: Path) -> None:
     (tmp_path / "sharded.py").write_text(SHARDED)
     run = subprocess.run(
         [sys.executable, str(tmp_path / "sharded.py"), str(tmp_path), kind],
-        env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+        env=environment(8),
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0 and "equal" in run.stdout, run.stderr[-2000:]

@@ -8,7 +8,6 @@ tuple shows, and bytes are the same either way.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import Any
 import jax_models
 import pytest
 from emit_cases import scaled, small_plan
+from host_devices import environment
 from planned_collectives import planned
 
 from shardwright.backends.parity import Function, layout_plan
@@ -32,12 +32,9 @@ WORKER = Path(__file__).with_name("hlo_worker.py")
 def compiled(plans: list[Plan], folder: Path) -> list[dict[str, Any]]:
     folders = [str(emit(plan, folder / str(i))) for i, plan in enumerate(plans)]
     devices = max(plan.mesh.size for plan in plans)
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-    }
     run = subprocess.run([sys.executable, "-P", str(WORKER), *folders],
-                         env=environment, capture_output=True, text=True, check=False)  # fmt: skip
+                         env=environment(devices), capture_output=True, text=True,
+                         check=False)  # fmt: skip
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
 

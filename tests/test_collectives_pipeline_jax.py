@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 from emit_cases import small_plan
+from host_devices import environment
 from planned_collectives import WIDTH, Moved, planned
 from test_collectives_jax import compiled
 
@@ -31,12 +31,9 @@ def plan_of(layout: str, ranks: int, layers: int = 4) -> Plan:
 
 def run_stages(plan: Plan, folder: Path) -> dict[str, Any]:
     emit(plan, folder)
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={plan.mesh.size}",
-        "JAX_PLATFORMS": "cpu",
-    }
     run = subprocess.run([sys.executable, "-P", str(WORKER), str(folder)],
-                         env=environment, capture_output=True, text=True, check=False)  # fmt: skip
+                         env=environment(plan.mesh.size), capture_output=True, text=True,
+                         check=False)  # fmt: skip
     assert run.returncode == 0, run.stderr
     found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return found

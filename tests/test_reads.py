@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from emit_cases import module, small_plan
 from handwritten import imported
+from host_devices import environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -209,13 +209,17 @@ def test_a_run_starts_from_a_list_as_from_plain_weights(
     write_reads(plan, folder.contents(), folder.arrays, tmp_path / "list")
     save_file(dict(module("llama", 2).named_parameters()), tmp_path / "model.safetensors")
     plan.emit(backend, tmp_path / "program")
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={ranks}"}
     losses = []
     for source in (("--resume", "list"), ("--weights", "model.safetensors", "--seed", "3")):
         metrics = tmp_path / f"{source[0]}.jsonl"
         train = [sys.executable, "program/train.py", "--steps", "3", *source, "--metrics", metrics]
         subprocess.run(
-            train, cwd=tmp_path, check=True, timeout=300, capture_output=True, env=environment
+            train,
+            cwd=tmp_path,
+            check=True,
+            timeout=300,
+            capture_output=True,
+            env=environment(ranks),
         )
         losses.append([json.loads(line)["loss"] for line in metrics.read_text().splitlines()])
     assert losses[0] == losses[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from emit_cases import small_plan
+from host_devices import environment
 
 from shardwright.backends.to_jax import emit
 
@@ -18,13 +18,9 @@ pytestmark = pytest.mark.slow
 
 
 def start(folder: Path, devices: int, *options: str) -> subprocess.Popen[str]:
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-    }
     command = [sys.executable, str(folder / "train.py"), "--lr", "0.01", *options]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
