@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -266,3 +267,92 @@ def distinct(table: Boxes) -> Boxes:
     keys = np.concatenate([table.begin, table.size], 1)
     _, rows = np.unique(keys, axis=0, return_index=True)
     return table.take(np.sort(rows))
+
+
+def without_repeats(table: Boxes) -> Boxes:
+    """Boxes that are disjoint and hold the same elements: what lies in an earlier box is cut out of
+    the later ones (replicas are copies, any of them will do)."""
+    if _side_by_side(table):
+        return table
+    table = distinct(table)
+    met = overlaps(table, table)
+    later = met.one > met.other
+    if not later.any():
+        return table
+    row, earlier = met.one[later], met.other[later]
+    kept = np.ones(len(table), np.bool_)
+    kept[row] = False
+    cut: list[Boxes] = [table.take(kept)]
+    order = np.argsort(row, kind="stable")
+    row, earlier = row[order], earlier[order]
+    bounds = np.flatnonzero(np.diff(row, prepend=-1, append=-1))
+    for low, high in pairwise(bounds.tolist()):
+        rest = table.take(row[low : low + 1])
+        for other in earlier[low:high].tolist():
+            rest = _minus(rest, table.begin[other], table.begin[other] + table.size[other])
+            if not len(rest):
+                break
+        cut.append(rest)
+    return Boxes.joined(cut, table.dims)
+
+
+def _side_by_side(table: Boxes) -> bool:
+    """Whether the boxes follow each other along one dim (most tables are so: then they are disjoint
+    at a glance)."""
+    for dim in range(table.dims):
+        begin = table.begin[:, dim]
+        if len(begin) and (begin == begin[0]).all():
+            continue
+        order = np.argsort(begin, kind="stable")
+        begin = begin[order]
+        return bool((begin[1:] >= (begin + table.size[order, dim])[:-1]).all())
+    return len(table) < 2
+
+
+def _minus(table: Boxes, low: Ints, high: Ints) -> Boxes:
+    """What of the boxes lies outside the box low … high-1."""
+    begin, end = table.begin, table.begin + table.size
+    meets = ((begin < high) & (end > low)).all(1)
+    found = [table.take(np.flatnonzero(~meets))]
+    rest = table.take(np.flatnonzero(meets))
+    for dim in range(table.dims):
+        for side in (0, 1):
+            begin, end = rest.begin.copy(), rest.begin + rest.size
+            if side == 0:
+                end[:, dim] = np.minimum(end[:, dim], low[dim])
+            else:
+                begin[:, dim] = np.maximum(begin[:, dim], high[dim])
+            found.append(_restricted(rest, begin, end))
+        begin, end = rest.begin.copy(), rest.begin + rest.size
+        begin[:, dim] = np.maximum(begin[:, dim], low[dim])
+        end[:, dim] = np.minimum(end[:, dim], high[dim])
+        rest = _restricted(rest, begin, end)
+    return Boxes.joined(found, table.dims)
+
+
+def _restricted(table: Boxes, begin: Ints, end: Ints) -> Boxes:
+    offset = table.offset + ((begin - table.begin) * table.stride).sum(1)
+    cut = Boxes(begin, end - begin, table.stride, table.record, offset)
+    return cut.take(np.flatnonzero((end > begin).all(1)))
+
+
+def first_gap(table: Boxes, shape: tuple[int, ...]) -> tuple[list[int], list[int]] | None:
+    """A box (begin, end) of an array that no box of the table holds, if there is one."""
+    rest = Boxes.whole(shape)
+    for begin, size in zip(table.begin, table.size, strict=True):
+        rest = _minus(rest, begin, begin + size)
+        if not len(rest):
+            return None
+    if not len(rest) or not prod(shape):
+        return None
+    return rest.begin[0].tolist(), (rest.begin[0] + rest.size[0]).tolist()
+
+
+def contiguous(table: Boxes) -> Ints:
+    """The rows whose elements lie one after the other, in their own order."""
+    inside = np.ones(len(table), np.bool_)
+    expected = np.ones(len(table), np.int64)
+    for dim in reversed(range(table.dims)):
+        inside &= (table.stride[:, dim] == expected) | (table.size[:, dim] == 1)
+        expected = expected * table.size[:, dim]
+    return np.flatnonzero(inside)

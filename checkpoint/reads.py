@@ -20,12 +20,11 @@ from ..ir import InvalidInput
 from ..ir.plan import Plan
 from ..ir.serial import load_plan, write_whole
 from .arguments import check_sizes
-from .boxes import Boxes, coverage
+from .boxes import Boxes, coverage, without_repeats
 from .contents import EXP_AVG, EXP_AVG_SQ, MASTER, WEIGHT, Array, Contents, Key
 from .dtypes import itemsize
 from .formats import Options, detect
 from .formats.flags import checked
-from .plan import without_repeats
 from .sides import read
 from .verification import copies_agree
 

@@ -20,7 +20,7 @@ from checkpoint_cases import Shape, Side, sides, values_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwright.checkpoint.boxes import Boxes
+from shardwright.checkpoint.boxes import Boxes, first_gap, without_repeats
 from shardwright.checkpoint.contents import Array, Contents, Digest, Key, Record
 from shardwright.checkpoint.dtypes import as_numpy
 from shardwright.checkpoint.engine import DiskFull, Limits, Moved, execute, place
@@ -30,11 +30,9 @@ from shardwright.checkpoint.engine.files import BLOCK, Files, aligned_buffer
 from shardwright.checkpoint.engine.tiles import runs_of
 from shardwright.checkpoint.plan import (
     Joins,
-    first_gap,
     pieces,
     prove,
     prove_stored,
-    without_repeats,
 )
 from shardwright.ir import CorruptCheckpoint, InvalidInput
 
