@@ -116,7 +116,7 @@ def convert(
     unused = check_sizes(sizes or {}, made.contents, (made.layout, wanted.layout), to)
     check_axes(options.mesh, wanted.layout, to, mesh or {})
     prove_stored(wanted.target.arrays.values(), wanted.target.records)
-    moved = pieces(source_of(tensors), wanted.logical)
+    moved = pieces(source_of(wanted.tensors), wanted.logical)
     prove(moved)
     final = _with_companions(wanted.target, beside)
     ranks = Ranks(at.control, rank, world)

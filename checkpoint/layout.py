@@ -263,6 +263,20 @@ class Layout:
                 )
         return found if len(taken) == len(set(names)) else None
 
+    def tied(self, names: Sequence[str], facts: Mapping[str, Any]) -> dict[str, str]:
+        """Logical tensors that would be stored under the name of another's copy, with that other:
+        the head, where `facts` say that it is tied to the embedding."""
+        places: dict[str, tuple[Rule, str]] = {}
+        found: dict[str, str] = {}
+        for rule in self.rules:
+            name = rule.part_patterns[0].text
+            if len(rule.part_patterns) > 1 or name not in names or not rule.applies(WEIGHT, facts):
+                continue
+            first, other = places.setdefault(rule.patterns[0].text, (rule, name))
+            if first.when and name != other:
+                found[name] = other
+        return found
+
     def covers(self, names: Sequence[str]) -> bool:
         """Whether there is a rule for any of these logical tensors."""
         grouped = Names(names)

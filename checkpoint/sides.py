@@ -19,6 +19,7 @@ from .contents import BUFFER, EXP_AVG, MASTER, WEIGHT, Array, Contents, Job, Key
 from .dtypes import named
 from .formats import Options
 from .formats.companions import with_config
+from .from_stored import Piece, joined
 from .layout import Layout, StoredWanted, choose_layout, choose_target_layout, load_layout
 
 _LOGICAL_NAMES = ("universal", "safetensors", "dcp", "deepspeed", "deepspeed-universal")
@@ -41,11 +42,13 @@ class Source:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Destination:
-    """A checkpoint to be written, its layout, and its arrays as logical ones (several of a key
-    where tied tensors are stored more than once)."""
+    """A checkpoint to be written, its layout, the tensors that it is made of (with their dtypes),
+    and its arrays as logical ones (several of a key where tied tensors are stored more than once).
+    """
 
     target: Target
     layout: Layout
+    tensors: Mapping[Key, tuple[Array, str]]
     logical: Sequence[Array]
 
 
@@ -154,11 +157,30 @@ def lay_out(
         layout = Layout.identity()
     else:
         layout = choose_target_layout(format_name, list(tensors))
+    tensors = _tied(tensors, layout, facts)
     shapes = {key: (array.shape, dtype) for key, (array, dtype) in tensors.items()}
     stored = layout.stored(shapes, options.mesh, facts)
     told = replace(options, flags={"facts": _with_sizes(facts, layout, stored), **options.flags})
     target = formats.load(format_name).target([one.wanted for one in stored], job, told)
-    return Destination(target, layout, _logical(stored, target))
+    return Destination(target, layout, tensors, _logical(stored, target))
+
+
+def _tied(
+    tensors: Mapping[Key, tuple[Array, str]], layout: Layout, facts: Mapping[str, Any]
+) -> Mapping[Key, tuple[Array, str]]:
+    """Tensors without those for which the layout has no place beside what they are tied to (torch's
+    state dicts hold a tied head twice); that they are equal is proved when they are read.
+
+    Raises CorruptCheckpoint where the shapes or dtypes of both differ.
+    """
+    found = dict(tensors)
+    for copy, name in layout.tied([name for _, name in tensors], facts).items():
+        for state in dict.fromkeys(state for state, of in tensors if of == copy):
+            key = state if (state, name) in found else WEIGHT, name
+            (array, dtype), (other, _) = found[key], found.pop((state, copy))
+            both = [Piece(one.name, one, one.shape, one.where) for one in (array, other)]
+            found[key] = replace(joined(key, both), combine="equal"), dtype
+    return found
 
 
 def _with_sizes(

@@ -94,6 +94,7 @@ def test_what_nothing_looks_at_is_refused(
         ("dcp", "--mesh vpp=2", "dcp has no virtual stages"),
         ("megatron", "--mesh etp=2", "as many tensor ranks as the rest"),
         ("orbax", "--set nested=yes", "--set nested=yes: expected true or false"),
+        ("dcp", "--set lr=nan", "--set lr=nan: expected a number, as 3e-4"),
         ("orbax", "--set chunk_bytes=abc", "--set chunk_bytes=abc: expected bytes"),
         ("megatron", "--set stages=1-x", "--set stages=1-x: expected layers of each stage"),
         ("megatron", "--set grad_dtype=f99", "--set grad_dtype=f99: expected a dtype"),

@@ -138,6 +138,65 @@ def test_transformers_computes_the_same_logits(tmp_path: Path) -> None:
         assert torch.equal(model(tokens).logits, again(tokens).logits)
 
 
+@pytest.mark.parametrize("to", ["megatron", "megatron-dist"])
+def test_a_tied_head_that_torch_holds_twice_goes_where_it_is_stored_once(
+    tmp_path: Path, to: str
+) -> None:
+    """`get_state_dict` has the head under a name of its own, without optimizer state."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=61, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    tokens = torch.arange(12)[None]
+    model(tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    weights, states = get_state_dict(model, optimizer)
+    assert "lm_head.weight" in weights
+    dcp.save({"model": weights, "optim": states}, checkpoint_id=tmp_path / "twice", no_dist=True)
+    config.save_pretrained(tmp_path / "twice")
+    convert(tmp_path / "twice", tmp_path / "once", to, mesh={"tp": 2, "pp": 2}, verify=True)
+    convert(tmp_path / "once", tmp_path / "back", "dcp", verify=True)
+    convert(tmp_path / "back", tmp_path / "hf", "safetensors", states=["weight"], verify=True)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    with torch.no_grad():
+        assert torch.equal(model.eval()(tokens).logits, again(tokens).logits)
+
+    weights["lm_head.weight"] = weights["lm_head.weight"] + 1
+    dcp.save({"model": weights, "optim": states}, checkpoint_id=tmp_path / "apart", no_dist=True)
+    config.save_pretrained(tmp_path / "apart")
+    with pytest.raises(CorruptCheckpoint, match="embed_tokens"):
+        convert(tmp_path / "apart", tmp_path / "none", to)
+
+
+def test_a_config_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    convert(folder(tmp_path / "hf"), tmp_path / "dcp", "dcp")
+    (tmp_path / "dcp" / "config.json").write_text('{"model_type": "llama", "hidden_si')
+    with pytest.raises(CorruptCheckpoint, match=r"config\.json: no JSON"):
+        convert(tmp_path / "dcp", tmp_path / "out", "universal")
+
+
+def test_a_damaged_tracker_does_not_choose_the_release(tmp_path: Path) -> None:
+    """Megatron's tracker says a number or `release`; all else is damage."""
+    model = module("llama", 2)
+    model.save_pretrained(tmp_path / "hf")
+    at = tmp_path / "megatron"
+    convert(tmp_path / "hf", at, "megatron", flags={"iteration": 3})
+    shutil.copytree(at / "iter_0000003", at / "release")
+    (at / "latest_checkpointed_iteration.txt").write_text("release")
+    assert inspect(at).path == str(at)
+    (at / "latest_checkpointed_iteration.txt").write_text("s")
+    with pytest.raises(InvalidInput, match="names 's', which is not there"):
+        inspect(at)
+
+
 def test_a_plan_gives_the_mesh_with_its_virtual_stages(tmp_path: Path) -> None:
     plan = small_plan("llama", "pp=2,vpp=2,schedule=interleaved", 2, layers=4)
     plan.save(tmp_path / "plan.json")

@@ -72,11 +72,17 @@ def carried(contents: Contents, root: Path, config: Path | None) -> list[Given]:
 
 
 def config_of(root: Path) -> dict[str, Any]:
-    """What `config.json` of a Hugging Face folder says; empty where there is none."""
+    """What `config.json` of a Hugging Face folder says; empty where there is none. Raises
+    CorruptCheckpoint for one that is no JSON."""
     try:
         found = json.loads(within(root, CONFIG).read_bytes())
-    except (OSError, ValueError, CorruptCheckpoint):
+    except (OSError, CorruptCheckpoint):
         return {}
+    except ValueError:
+        raise CorruptCheckpoint(
+            f"{root / CONFIG}: no JSON: it is truncated or damaged; restore it, or remove it and "
+            "name another folder with --config"
+        ) from None
     is_model = isinstance(found, dict) and ("model_type" in found or "architectures" in found)
     return dict(found) if is_model else {}
 

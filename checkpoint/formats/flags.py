@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,10 @@ def _yes_or_no(said: Any) -> bool | None:
 
 def _number(said: Any) -> float | None:
     try:
-        return float(said) if type(said) is not bool else None
+        found = float(said) if type(said) is not bool else nan
     except (TypeError, ValueError):
         return None
+    return found if isfinite(found) else None
 
 
 def _layers(said: Any) -> str | None:

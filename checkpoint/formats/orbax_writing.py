@@ -25,11 +25,11 @@ from ..contents import (
     Key,
     Record,
     Target,
+    Wanted,
 )
-from ..contents import Wanted as Wanted
 from ..dtypes import itemsize
 from ..pickles import Tensor, decode, scalar, small
-from ..placement import places, shard_shape
+from ..placement import shard_shape
 from . import Options
 from .orbax_reading import zarr_dtype
 from .orbax_trees import CHECKPOINT, DICT, EMPTY, ORBAX, SEQUENCE, STRINGS, TREE, Keys
@@ -41,7 +41,6 @@ _ARRAY = "jax.Array"
 _HANDLERS = "orbax.checkpoint._src.handlers"
 _STANDARD = f"{_HANDLERS}.standard_checkpoint_handler.StandardCheckpointHandler"
 _JSON = f"{_HANDLERS}.json_checkpoint_handler.JsonCheckpointHandler"
-
 
 _ALIKE = {WEIGHT: BUFFER, BUFFER: WEIGHT}
 
@@ -224,7 +223,7 @@ def _placed(
 ) -> tuple[_Tree, Keys]:
     parts = one.name.split(".") if nested else [one.name]
     own: Keys = tuple((part, DICT) for part in parts)
-    if one.state in (WEIGHT, "buffer"):
+    if one.state in (WEIGHT, BUFFER):
         return trees[WEIGHT], (*lead[WEIGHT], *own)
     field_name = {EXP_AVG: "mu", EXP_AVG_SQ: "nu"}.get(one.state)
     if field_name is None:
@@ -246,10 +245,8 @@ def _array(
     ext: Mapping[str, Any] | None = None,
 ) -> None:
     shape = one.shape
-    chunk = list(shape)
-    for at in places(options.mesh, [axis.partition(":")[0] for axis, _ in one.splits]):
-        chunk = list(shard_shape(one, options.mesh, at))
-        break
+    axes = [axis.partition(":")[0] for axis, _ in one.splits]
+    chunk = list(shard_shape(one, options.mesh, dict.fromkeys(axes, 0)))
     limit = int(options.flags.get("chunk_bytes", CHUNK_BYTES))
     for dim in range(len(chunk)):
         while prod(chunk) * itemsize(one.dtype) > limit and chunk[dim] > 1:

@@ -15,7 +15,7 @@ def iterations(root: Path) -> list[Path]:
     if (root / "release").is_dir():
         found.append(root / "release")
     newest = _tracked(root)
-    return sorted(found, key=lambda folder: folder != newest)
+    return sorted(found, key=lambda folder: folder.name != newest)
 
 
 def chosen(root: Path, tag: str, marker: str) -> Path:
@@ -35,20 +35,22 @@ def chosen(root: Path, tag: str, marker: str) -> Path:
                 return folder
         raise InvalidInput(f"{root}: no iteration {tag!r}; it has {said}")
     newest = _tracked(root)
-    if newest is not None and newest in found:
-        return newest
+    for folder in found:
+        if folder.name == newest:
+            return folder
     if newest is None and len(found) == 1:
         return found[0]
     if newest is None:
         raise InvalidInput(f"{root}: no {TRACKER}; choose one with --tag: {said}")
     raise InvalidInput(
-        f"{root / TRACKER}: names {newest.name}, which is not there; choose one with --tag: {said}"
+        f"{root / TRACKER}: names {newest!r}, which is not there; choose one with --tag: {said}"
     )
 
 
-def _tracked(root: Path) -> Path | None:
+def _tracked(root: Path) -> str | None:
+    """The name of the folder that the tracker names."""
     try:
         said = (root / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
-    return root / (f"iter_{int(said):07d}" if said.isdigit() else "release")
+    return f"iter_{int(said):07d}" if said.isdigit() else said
