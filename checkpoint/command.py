@@ -116,8 +116,8 @@ def register(app: typer.Typer, guarded: Guard) -> None:
             Path | None,
             typer.Option(
                 "--config",
-                help="Hugging Face folder whose config and tokenizer are copied along, instead of"
-                " those beside SRC",
+                help="Hugging Face folder that tells sizes, and whose config and tokenizer are"
+                " copied along, instead of those beside SRC",
             ),
         ] = None,
         states: Annotated[

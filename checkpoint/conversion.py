@@ -88,9 +88,9 @@ def convert(
     file. `spec` and `target_spec` are layouts of either side (a file or a built-in name; found by
     the names of the tensors otherwise), `sizes` what they need and the checkpoint does not tell,
     `flags` those of the target's format, `tag` which save of the source. `config`: a Hugging Face
-    folder whose config and tokenizer are copied along, instead of those beside the source. `states`
-    and `dtype` choose what is written, `memory` bounds all buffers ("512M" or bytes). What is given
-    and nothing would look at is refused.
+    folder that tells sizes, and whose config and tokenizer are copied along, instead of those
+    beside the source. `states` and `dtype` choose what is written, `memory` bounds all buffers
+    ("512M" or bytes). What is given and nothing would look at is refused.
 
     Written beside the target and renamed at the end; the same call after a kill goes on where it
     stopped. Under torchrun or srun every rank takes a share. Raises InvalidInput, CorruptCheckpoint
@@ -105,8 +105,10 @@ def convert(
     source_format = source_format or formats.detect(root)
     said = checked(flags or {}, source_format, to, tag)
     at = place(Path(target), root, overwrite)
-    made = understood(opened(root, source_format, Options(tag=tag, flags=said)), spec, sizes)
-    beside = carried(made.contents, root, Path(config) if config is not None else None)
+    home = Path(config) if config is not None else None
+    stored = opened(root, source_format, Options(tag=tag, flags=said), home)
+    made = understood(stored, spec, sizes)
+    beside = carried(made.contents, root, home)
     options = replace(_options(to, plan, mesh, said), companions=beside)
     facts = {**made.contents.facts, **made.contents.mesh, **options.mesh, **(sizes or {})}
     if made.contents.format == to:

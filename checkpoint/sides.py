@@ -63,12 +63,15 @@ def read(
     return understood(opened(root, format_name, options), spec, given)
 
 
-def opened(root: Path, format_name: str = "", options: Options | None = None) -> Contents:
+def opened(
+    root: Path, format_name: str = "", options: Options | None = None, config: Path | None = None
+) -> Contents:
     """What a checkpoint's headers say, under the names that are stored; the config of a Hugging
-    Face folder in which it lies tells sizes that it does not tell itself."""
+    Face folder, of `config` or of that in which it lies, tells sizes that it does not tell itself.
+    """
     name = format_name or formats.detect(root)
     contents = formats.load(name).read(root, options or Options())
-    return replace(contents, facts=with_config(contents, root))
+    return replace(contents, facts=with_config(contents, root, config))
 
 
 def understood(
@@ -161,8 +164,24 @@ def lay_out(
     shapes = {key: (array.shape, dtype) for key, (array, dtype) in tensors.items()}
     stored = layout.stored(shapes, options.mesh, facts)
     told = replace(options, flags={"facts": _with_sizes(facts, layout, stored), **options.flags})
-    target = formats.load(format_name).target([one.wanted for one in stored], job, told)
+    named_job = _with_stored_names(job, stored)
+    target = formats.load(format_name).target([one.wanted for one in stored], named_job, told)
     return Destination(target, layout, tensors, _logical(stored, target))
+
+
+def _with_stored_names(job: Job, stored: Sequence[StoredWanted]) -> Job:
+    """The job with the names of stored arrays in its param groups, instead of logical ones."""
+    names: dict[str, str] = {}
+    for one in stored:
+        if one.state == one.wanted.state:
+            names |= {name: one.wanted.name for name in one.shapes if name not in names}
+    groups = [
+        {**group, "params": list(dict.fromkeys(names.get(name, name) for name in group["params"]))}
+        if "params" in group
+        else group
+        for group in job.param_groups
+    ]
+    return replace(job, param_groups=tuple(groups))
 
 
 def _tied(

@@ -138,6 +138,67 @@ def test_transformers_computes_the_same_logits(tmp_path: Path) -> None:
         assert torch.equal(model(tokens).logits, again(tokens).logits)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_experts_in_one_array_go_to_arrays_of_their_own_and_back(tmp_path: Path, name: str) -> None:
+    """As transformers holds them in memory, and as it saves them; moments lie as weights do."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    sizes = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=61, num_experts_per_tok=2, head_dim=8,
+    )  # fmt: skip
+    config = (
+        transformers.MixtralConfig(**sizes, num_local_experts=4)
+        if name == "mixtral"
+        else transformers.Qwen3MoeConfig(**sizes, num_experts=4, moe_intermediate_size=24)
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    tokens = torch.arange(12)[None]
+    model(tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    weights, states = get_state_dict(model, optimizer)
+    held = {"model": weights, "optim": states}
+    dcp.save(held, checkpoint_id=tmp_path / "fused", no_dist=True)
+    config.save_pretrained(tmp_path / "config")
+    convert(
+        tmp_path / "fused", tmp_path / "megatron", "megatron", mesh={"tp": 2, "ep": 2},
+        config=tmp_path / "config", verify=True,
+    )  # fmt: skip
+    convert(
+        tmp_path / "megatron", tmp_path / "hf", "safetensors", config=tmp_path / "config",
+        states=["weight"], verify=True,
+    )  # fmt: skip
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    with torch.no_grad():
+        assert torch.equal(model.eval()(tokens).logits, again(tokens).logits)
+
+    spec = f"transformers-{name}"
+    convert(tmp_path / "megatron", tmp_path / "back", "dcp", target_spec=spec, verify=True)
+    back = _zeros_like(held)
+    dcp.load(back, checkpoint_id=tmp_path / "back", no_dist=True)
+    for key, tensor in held["model"].items():
+        assert torch.equal(back["model"][key], tensor), key
+    for key, state in held["optim"]["state"].items():
+        for moment in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(back["optim"]["state"][key][moment], state[moment]), (key, moment)
+
+
+def _zeros_like(held: dict[str, Any]) -> dict[str, Any]:
+    """A state dict of the same structure with nothing of the tensors in it."""
+    found: dict[str, Any] = {}
+    for key, value in held.items():
+        if isinstance(value, dict):
+            found[key] = _zeros_like(value)
+        else:
+            found[key] = value.clone().zero_() if hasattr(value, "clone") else value
+    return found
+
+
 @pytest.mark.parametrize("to", ["megatron", "megatron-dist"])
 def test_a_tied_head_that_torch_holds_twice_goes_where_it_is_stored_once(
     tmp_path: Path, to: str

@@ -87,7 +87,9 @@ def config_of(root: Path) -> dict[str, Any]:
     return dict(found) if is_model else {}
 
 
-def with_config(contents: Contents, root: Path) -> Mapping[str, Any]:
-    """Sizes of the model: what a checkpoint tells itself goes before the config beside it."""
-    beside = {} if contents.format == "universal" else config_of(root)
-    return {**beside, **contents.facts}
+def with_config(contents: Contents, root: Path, given: Path | None = None) -> Mapping[str, Any]:
+    """Sizes of the model: what a checkpoint tells itself goes before the config that is `given`, or
+    else lies beside it."""
+    if given is None and contents.format == "universal":
+        return contents.facts  # its manifest has what its config says
+    return {**config_of(given or root), **contents.facts}
