@@ -136,7 +136,7 @@ CASES: dict[str, tuple[str, int, list[str], str, list[Made]]] = {
     ]),
     "bf16 in buckets over two data-parallel ranks": (
         "qwen3", 4, ["--tp", "2", "--bucket", "20000"], "flat", [
-            ("flat", "legacy", {"mesh": {"tp": 2}, "flags": {"bucket_elements": "20000"}}),
+            ("flat", "legacy", {"mesh": {"tp": 2}, "flags": {"bucket_elements": 20000}}),
             ("legacy", "dist", {"mesh": {"tp": 2}}),
             ("flat", "dist", {}),
     ]),
