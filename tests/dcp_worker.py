@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,9 +72,7 @@ def main() -> None:
     full = StateDictOptions(full_state_dict=True)
     weights, state = get_state_dict(model, optimizer, options=full)
     if dist.get_rank() == 0:
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "losses.json").write_text(json.dumps(losses))
+        out = rank_end.say(args.out, losses)
         arrays = {f"weight {name}": tensor.numpy() for name, tensor in weights.items()}
         for name, entry in state["state"].items():
             for key in ("exp_avg", "exp_avg_sq"):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -168,9 +167,7 @@ def main() -> None:
         engine.save_checkpoint(args.save)
     found = live_states(model, engine) if args.stage else {}
     if dist.get_rank() == 0:
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "losses.json").write_text(json.dumps(losses))
+        out = rank_end.say(args.out, losses)
         np.savez(out / "states.npz", **found)
     dist.barrier()
     dist.destroy_process_group()

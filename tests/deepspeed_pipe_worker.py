@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -71,9 +69,7 @@ def main() -> None:
     info = {"pipeline_replicated_parameter_patterns": [r"tied_modules\.embed\.weight"]}
     engine.save_checkpoint(args.save, client_state={"universal_checkpoint_info": info})
     if dist.get_rank() == 0:
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "losses.json").write_text(json.dumps(losses))
+        rank_end.say(args.out, losses)
     dist.barrier()
     dist.destroy_process_group()
 

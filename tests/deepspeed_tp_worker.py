@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -132,9 +130,7 @@ def main() -> None:
         if args.save and step + 1 == args.save_after:
             engine.save_checkpoint(args.save)
     if dist.get_rank() == 0:
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "losses.json").write_text(json.dumps(losses))
+        rank_end.say(args.out, losses)
     dist.barrier()
     dist.destroy_process_group()
 

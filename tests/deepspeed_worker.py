@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -142,9 +141,7 @@ def main() -> None:
         engine.save_checkpoint(args.save, tag=args.tag or f"step{args.first + args.steps}")
     found = _stage3_states(model) if args.stage == 3 else _flat_states(model, engine)
     if dist.get_rank() == 0:
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "losses.json").write_text(json.dumps(losses))
+        out = rank_end.say(args.out, losses)
         np.savez(out / "states.npz", **{k: v.detach().numpy() for k, v in found.items()})
     dist.barrier()
     dist.destroy_process_group()
